@@ -1,0 +1,110 @@
+"""
+What a run costs before it runs: parameters, FLOPs, memory, steps, and the batch arithmetic.
+
+Plain numbers in, plain numbers out; no torch. tests/test_budget.py holds the parameter counts
+against the real model.
+"""
+
+HEAD_DIM = 128               # dimensions of one attention head, where the width allows it
+
+# Dense bf16 matrix peak of a device in FLOP/s, from the makers' datasheets; the first name that
+# the device's own name contains counts. A device that is not here gets no MFU rather than a guess.
+PEAK_FLOPS = {
+    "A100": 312e12, "A800": 312e12, "A10G": 70e12, "A10": 125e12, "A40": 149.7e12, "A6000": 154.8e12,
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12,
+    "GH200": 989e12, "B200": 2250e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "RTX 3090": 71e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12,
+}
+
+
+def peak_flops(device_name):
+    """FLOP/s of the device in bf16, or 0.0 when it is not in the table."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0.0)
+
+
+def model_shape(depth, head_dim=0):
+    """
+    The one dial: width is 64 per layer, a head is 128 wide (64 where 128 does not divide).
+
+    returns dict(n_layer, n_embd, n_head, n_kv_head); head_dim other than 0 is taken as given
+    """
+    if depth < 1:
+        raise SystemExit(f"depth={depth}: a model has at least 1 layer")
+    n_embd = 64 * depth
+    head_dim = head_dim or (HEAD_DIM if n_embd % HEAD_DIM == 0 else 64)
+    if head_dim % 2 or n_embd % head_dim:
+        raise SystemExit(f"head_dim={head_dim}: it must be even and divide the width {n_embd} (64 x depth)")
+    n_head = n_embd // head_dim
+    return dict(n_layer=depth, n_embd=n_embd, n_head=n_head, n_kv_head=n_head)
+
+
+def num_params(n_layer, n_embd, n_head, n_kv_head, vocab_size, sequence_len=0):
+    """Parameters as dict(matrices, wte, lm_head, total); there are no biases and no norm weights."""
+    kv_dim = n_embd // n_head * n_kv_head
+    attention = 2 * n_embd * n_embd + 2 * n_embd * kv_dim           # c_q, c_proj and c_k, c_v
+    matrices = n_layer * (attention + 8 * n_embd * n_embd)          # the MLP is D x 4D twice
+    table = vocab_size * n_embd
+    return dict(matrices=matrices, wte=table, lm_head=table, total=matrices + 2 * table)
+
+
+def flops_per_token(n_layer, n_embd, n_head, n_kv_head, vocab_size, sequence_len):
+    """
+    FLOPs of a forward and backward pass for one token.
+
+    6 per parameter that multiplies (the embedding table is only looked up), and attention as if
+    it were not causal, which is the convention of PaLM's appendix B (arXiv 2204.02311) and of
+    the original nanochat; counting only the causal half gives 5 to 10 % less.
+    """
+    params = num_params(n_layer, n_embd, n_head, n_kv_head, vocab_size)
+    return 6 * (params["matrices"] + params["lm_head"]) + 12 * n_layer * n_embd * sequence_len
+
+
+def rows_per_step(total_batch_size, max_seq_len):
+    """
+    Rows in one optimizer step: tokens wanted / row length, rounded to a multiple of 8.
+
+    So 1, 2, 4 or 8 GPUs share a step evenly. 262,144 / 1,536 = 170.7 becomes 168 rows.
+    """
+    return max(8, 8 * round(total_batch_size / max_seq_len / 8))
+
+
+def micro_batches(rows, world_size, device_batch_size, free_bytes, model_config, compute_bytes,
+                  gradient_checkpointing=False):
+    """
+    How a step's rows are worked off -> (rows per micro-batch, rows per rank, micro-batches).
+
+    The rows of a step are given by the configuration, the micro-batch by the memory, so a
+    smaller GPU changes the speed and never the training. device_batch_size has to divide the
+    rows of a rank; 0 takes the largest that does and fits into free_bytes.
+    """
+    if rows % world_size:
+        raise SystemExit(f"{rows} rows per step do not divide over {world_size} processes; use 1, 2, 4 or 8")
+    rank_rows = rows // world_size
+    divisors = [d for d in range(1, rank_rows + 1) if rank_rows % d == 0]
+    if device_batch_size and device_batch_size not in divisors:
+        below = max((d for d in divisors if d < device_batch_size), default=1)
+        above = min((d for d in divisors if d > device_batch_size), default=below)
+        raise SystemExit(f"device_batch_size={device_batch_size} does not divide the {rank_rows} rows that a step has "
+                         f"per process; the nearest that do are {below} and {above}")
+    room = free_bytes - state_bytes(**model_config)
+    row = row_bytes(**model_config, compute_bytes=compute_bytes, gradient_checkpointing=gradient_checkpointing)
+    B = device_batch_size or max((d for d in divisors if d * row <= room), default=1)
+    return B, rank_rows, rank_rows // B
+
+
+def state_bytes(n_layer, n_embd, n_head, n_kv_head, vocab_size, sequence_len=0):
+    """float32 weights, gradients and momentum (12 bytes a parameter), a second moment for the tables."""
+    params = num_params(n_layer, n_embd, n_head, n_kv_head, vocab_size)
+    return 12 * params["total"] + 4 * (params["wte"] + params["lm_head"])
+
+
+def row_bytes(n_layer, n_embd, n_head, n_kv_head, vocab_size, sequence_len, compute_bytes, gradient_checkpointing):
+    """
+    Memory of one row of a micro-batch in a training step, in bytes.
+
+    Per token and layer about 14 values of the model's width stay for the backward pass; with
+    gradient checkpointing one per layer and the 14 of the layer at work. The logits do not
+    count: model.py makes them a chunk of tokens at a time.
+    """
+    kept = n_layer + 14 if gradient_checkpointing else 14 * n_layer
+    return sequence_len * n_embd * kept * compute_bytes

@@ -1,0 +1,189 @@
+"""
+Small things every stage shares: where files live, the environment, schedules, averages, logs.
+
+No torch here, so that the scripts which only move text start at once.
+"""
+import contextlib
+import json
+import math
+import os
+
+# The environment is read here and nowhere else.
+BASE_DIR = os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
+HF_ENDPOINT = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+MIRROR = (os.environ.get("NANOCHAT_MIRROR") or "").rstrip("/")   # fetches <url>/<host>/<path>
+RANK = int(os.environ.get("RANK", 0))                            # torchrun sets these three
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+HAS_WANDB_KEY = bool(os.environ.get("WANDB_API_KEY"))
+
+
+def base_path(*parts):
+    """A path below the folder that holds every artifact (NANOCHAT_BASE_DIR)."""
+    return os.path.join(BASE_DIR, *parts)
+
+
+def print0(*args):
+    """print, on the first rank only."""
+    if RANK == 0:
+        print(*args, flush=True)
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """
+    A file that appears under its name only when it is complete.
+
+    Written to a temporary name beside it, flushed to the disk, then renamed, which the file
+    system does in one move. On any error the temporary file goes and an older file stays.
+    """
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno == 28:                                    # ENOSPC
+            raise SystemExit(f"{path}: the disk is full; free some space and run again") from None
+        raise
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def due(step, every, last):
+    """Whether something that happens every so many steps happens now; 0 = only at the end."""
+    return last or (every > 0 and step > 0 and step % every == 0)
+
+
+def lr_multiplier(step, num_iterations, warmup_ratio, warmdown_ratio, final_lr_frac):
+    """
+    What the learning rates are multiplied with at optimizer step `step` (counted from 0).
+
+    A line up over the first warmup_ratio of the run, 1, then a line down to final_lr_frac over
+    the last warmdown_ratio. The line ends at num_iterations, so the last step still moves.
+    """
+    warmup, warmdown = warmup_ratio * num_iterations, warmdown_ratio * num_iterations
+    if step < warmup:
+        return min(1.0, (step + 1) / warmup)
+    left = num_iterations - step
+    if left >= warmdown:
+        return 1.0
+    return final_lr_frac + (1 - final_lr_frac) * left / warmdown
+
+
+class Ema:
+    """
+    Exponential moving average that is exact from the first value on.
+
+    It divides by the weight it has seen so far, so there is no step number to get wrong.
+    """
+
+    def __init__(self, beta, total=0.0, weight=0.0):
+        self.beta, self.total, self.weight = beta, total, weight
+
+    def update(self, x):
+        self.total = self.beta * self.total + (1 - self.beta) * x
+        self.weight = self.beta * self.weight + (1 - self.beta)
+        return self.total / self.weight
+
+
+class Log:
+    """
+    log.jsonl: one JSON object per line, the source of the report and of every curve.
+
+    A resumed run drops what was logged after the step it starts from, so no step stands twice.
+    With a run name the numbers also go to wandb, where that is installed.
+    """
+
+    def __init__(self, folder, start_step, run="", config=None):
+        self.file, self.wandb = None, None
+        if RANK != 0:
+            return
+        path = os.path.join(folder, "log.jsonl")
+        kept = [row for row in read_log(folder) if row["step"] < start_step]
+        with atomic_write(path, "w") as f:
+            f.writelines(json.dumps(row) + "\n" for row in kept)
+        self.file = open(path, "a", encoding="utf-8")
+        self.wandb = start_wandb(run, config) if run else None
+
+    def write(self, step, **row):
+        """Append one row; a number that is not finite is written as null."""
+        if self.file is None:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        row = dict(step=step, **finite)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log(row)
+
+
+def read_log(folder):
+    """The rows of a stage's log.jsonl; a last line that a crash cut short is left out."""
+    rows = []
+    try:
+        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
+            for line in f:
+                with contextlib.suppress(json.JSONDecodeError):
+                    rows.append(json.loads(line))
+    except FileNotFoundError:
+        pass
+    return rows
+
+
+class Progress:
+    """
+    The line per step on the console and in the log: loss, speed, MFU, how long it still takes.
+
+    state  what an earlier part of the run saved (its meta's "progress"); None at step 0
+    Only training counts as seconds, evaluation and saving do not.
+    """
+
+    def __init__(self, log, start_step, total_steps, flops_per_token, peak_flops, state=None):
+        self.log, self.start_step, self.total_steps = log, start_step, total_steps
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        state = state or dict(seconds=0.0, tokens=0, loss=[0.0, 0.0])
+        self.seconds, self.tokens = state["seconds"], state["tokens"]
+        self.loss, self.step_seconds = Ema(0.9, *state["loss"]), Ema(0.9)
+
+    def state(self):
+        return dict(seconds=self.seconds, tokens=self.tokens, loss=[self.loss.total, self.loss.weight])
+
+    def update(self, step, loss, grad_norm, lr_multiplier, num_tokens, step_seconds):
+        """Log optimizer step `step`, which took step_seconds for num_tokens tokens on all ranks."""
+        self.seconds += step_seconds
+        self.tokens += num_tokens
+        speed = num_tokens / step_seconds
+        mfu = speed * self.flops_per_token / (self.peak_flops * WORLD_SIZE) if self.peak_flops else None
+        self.log.write(step, loss=loss, lr_multiplier=lr_multiplier, grad_norm=grad_norm, ms=1000 * step_seconds,
+                       tokens_per_second=speed, mfu=mfu, seconds=self.seconds)
+        smooth, left = self.loss.update(loss), self.total_steps - step - 1
+        eta = self.step_seconds.update(step_seconds) * left
+        if step < self.start_step + 5 or step % 25 == 0 or left == 0:
+            print0(f"step {step:5d}/{self.total_steps} | loss {smooth:.4f} | lr x{lr_multiplier:.2f} | "
+                   f"{1000 * step_seconds:.0f} ms | {speed:,.0f} tok/s | " +
+                   (f"mfu {100 * mfu:.1f} % | " if mfu else "") + f"eta {duration(eta)}")
+
+
+def start_wandb(run, config):
+    """A wandb run, offline where no key is set (wandb would ask for one); None if not installed."""
+    try:
+        import wandb
+    except ImportError:
+        print0(f"run={run}: wandb is not installed, so the run is logged to log.jsonl alone")
+        return None
+    mode = None if HAS_WANDB_KEY else "offline"
+    return wandb.init(project="nanochat", name=run, config=config, mode=mode)
+
+
+def duration(seconds):
+    """75 -> '1m15s', for people."""
+    seconds = int(round(seconds))
+    hours, minutes = seconds // 3600, seconds % 3600 // 60
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds % 60:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,141 @@
+"""
+Override the knobs at the top of a script, with config files and with flags.
+
+    depth = 12                     # a knob: any lowercase int, float, bool or str
+    config = configure(globals())  # every knob above this line can be overridden
+
+    python base_train.py config/tiny_base.py --depth=4 --run=first
+
+A config file is plain Python that assigns knobs. Files and flags apply from left to right, the
+last one wins. A misspelt knob or a wrong type ends the run before it starts, in one line,
+because a typo must not cost a night of training.
+"""
+import ast
+import difflib
+import os
+import sys
+import textwrap
+from types import ModuleType
+
+from common import print0
+
+KINDS = (int, float, bool, str)
+SHORT = {                    # short forms people type, each followed by its value: -n 8
+    "-p": "prompt",          # what to ask
+    "-i": "source",          # which stage's model: base, mid, sft, rl
+    "-a": "tasks",           # which tasks to evaluate
+    "-x": "max_problems",    # how many problems of a task
+    "-n": "num_shards",      # how many shards of text
+}
+
+
+def configure(scope, argv=None, show=True):
+    """
+    Apply argv (default: the command line) to the knobs in scope, print and return them.
+
+    returns {name: value} of every knob as the run sees it; it is saved with the checkpoint
+    raises SystemExit with one line when a name, a type or a file is wrong
+    """
+    argv = join_short(sys.argv[1:] if argv is None else list(argv))
+    knobs = {name: value for name, value in scope.items() if is_knob(name, value)}
+    for name, value in knobs.items():
+        assert type(value) in KINDS, f"knob {name} = {value!r}: a default is an int, float, bool or str"
+    if "--help" in argv or "-h" in argv:
+        print(help_text(scope, knobs))
+        raise SystemExit(0)
+    came_from = {}                                   # knob -> the file or flag that set it last
+    for arg in argv:
+        read = read_flag if arg.startswith("-") else read_file
+        for name, value in read(arg, knobs):
+            knobs[name] = checked(name, value, knobs, arg)
+            came_from[name] = arg if read is read_file else "command line"
+    if show:
+        print_knobs(knobs, came_from)
+    scope.update(knobs)
+    return knobs
+
+
+def is_knob(name, value):
+    """Lowercase data is a knob; UPPERCASE is a constant, _x is private, the rest is code."""
+    code = callable(value) or isinstance(value, ModuleType)
+    return name == name.lower() and not name.startswith("_") and not code
+
+
+def join_short(argv):
+    """['-n', '8', '-i=sft'] -> ['--num_shards=8', '--source=sft']"""
+    joined, rest = [], list(argv)
+    while rest:
+        arg = rest.pop(0)
+        short, equals, value = arg.partition("=")
+        if short in SHORT:
+            if not equals and not rest:
+                raise SystemExit(f"{arg}: a value is missing, write {arg} VALUE")
+            arg = f"--{SHORT[short]}={value if equals else rest.pop(0)}"
+        joined.append(arg)
+    return joined
+
+
+def read_flag(arg, knobs):
+    """'--depth=4' -> [('depth', 4)]; a str knob takes the text as it stands."""
+    name, equals, text = arg.lstrip("-").partition("=")
+    if not arg.startswith("--") or not equals:
+        near = difflib.get_close_matches(name.replace("-", "_"), knobs, n=1)
+        raise SystemExit(f"{arg}: write --{near[0] if near else name}=VALUE (--help lists the knobs)")
+    if isinstance(knobs.get(name), str):
+        return [(name, text)]
+    try:
+        return [(name, ast.literal_eval(text))]
+    except (ValueError, SyntaxError):
+        return [(name, text)]                        # checked() rejects it and says why
+
+
+def read_file(path, knobs):
+    """Run a config file with the current knobs in view; return what it assigned."""
+    if not (path.endswith(".py") and os.path.isfile(path)):
+        raise SystemExit(f"{path}: neither --knob=value nor the path of a config file (.py)")
+    names = dict(knobs)
+    try:
+        with open(path, encoding="utf-8") as f:
+            exec(compile(f.read(), path, "exec"), names)
+    except Exception as error:
+        line = next((f" line {t.tb_lineno}" for t in walk(error) if t.tb_frame.f_code.co_filename == path), "")
+        raise SystemExit(f"{path}{line}: {type(error).__name__}: {error}")
+    return [(name, value) for name, value in names.items()
+            if is_knob(name, value) and (name not in knobs or value is not knobs[name])]
+
+
+def walk(error):
+    """The traceback entries of an exception, outermost first."""
+    entry = error.__traceback__
+    while entry:
+        yield entry
+        entry = entry.tb_next
+
+
+def checked(name, value, knobs, arg):
+    """value, if it may replace knobs[name]; an int may stand for a float, nothing else converts."""
+    if name not in knobs:
+        near = difflib.get_close_matches(name.replace("-", "_"), knobs, n=1)
+        raise SystemExit(f"{arg}: there is no knob {name!r}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+    kind = type(knobs[name])
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise SystemExit(f"{arg}: {name} must be {kind.__name__}, like {knobs[name]!r}, not {value!r}")
+    return value
+
+
+def print_knobs(knobs, came_from):
+    """One line per override with its origin, then the defaults as a paragraph."""
+    for name, origin in came_from.items():
+        print0(f"  {name} = {knobs[name]!r}   ({origin})")
+    defaults = " ".join(f"{name}={value!r}" for name, value in knobs.items() if name not in came_from)
+    print0(textwrap.fill(f"defaults: {defaults}", 100, initial_indent="  ", subsequent_indent="  ",
+                         break_long_words=False, break_on_hyphens=False))
+
+
+def help_text(scope, knobs):
+    """The script's docstring and its knob lines with their comments, straight from the source."""
+    with open(scope["__file__"], encoding="utf-8") as f:
+        lines = [line.rstrip() for line in f if line.split(" = ")[0] in knobs]
+    return "\n".join([(scope.get("__doc__") or "").strip(), "", *lines])

@@ -1,0 +1,78 @@
+"""Schedules, averages, atomic files and the log."""
+import json
+import os
+
+import pytest
+
+from common import Ema, Log, Progress, atomic_write, due, duration, lr_multiplier, read_log
+
+
+def test_the_learning_rate_stays_and_falls_to_zero_after_the_last_step():
+    rates = [lr_multiplier(step, 10, 0.0, 0.2, 0.0) for step in range(11)]
+    assert rates == pytest.approx([1] * 9 + [0.5, 0.0])
+
+
+def test_the_learning_rate_warms_up_and_ends_at_its_final_share():
+    assert lr_multiplier(0, 100, 0.1, 0.5, 0.05) == pytest.approx(0.1)
+    assert lr_multiplier(9, 100, 0.1, 0.5, 0.05) == pytest.approx(1.0)
+    assert lr_multiplier(75, 100, 0.1, 0.5, 0.05) == pytest.approx(0.525)
+    assert lr_multiplier(100, 100, 0.1, 0.5, 0.05) == pytest.approx(0.05)
+
+
+def test_fine_tuning_falls_all_the_way():
+    assert [lr_multiplier(s, 4, 0.0, 1.0, 0.0) for s in range(4)] == pytest.approx([1, 0.75, 0.5, 0.25])
+
+
+def test_due_counts_from_step_one_and_zero_means_at_the_end():
+    assert [s for s in range(7) if due(s, 3, s == 6)] == [3, 6]
+    assert [s for s in range(7) if due(s, 0, s == 6)] == [6]
+
+
+def test_the_average_of_a_constant_is_the_constant_from_the_first_value():
+    ema = Ema(0.9)
+    assert [ema.update(5.0) for _ in range(3)] == pytest.approx([5, 5, 5])
+
+
+def test_a_file_that_was_not_finished_leaves_the_old_one(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(RuntimeError):
+        with atomic_write(str(path), "w") as f:
+            f.write("new")
+            raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match="disk is full"):
+        with atomic_write(str(tmp_path / "x")):
+            raise OSError(28, "No space left on device")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_resumed_log_has_every_step_once(tmp_path):
+    log = Log(str(tmp_path), 0)
+    for step in range(5):
+        log.write(step, loss=float(step))
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')                     # cut short by a crash
+    log = Log(str(tmp_path), 3)
+    log.write(3, loss=float("nan"))
+    rows = read_log(str(tmp_path))
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[-1]["loss"] is None
+
+
+def test_progress_continues_where_it_was(tmp_path, capsys):
+    log = Log(str(tmp_path), 0)
+    first = Progress(log, 0, 4, 10.0, 100.0)
+    first.update(0, 2.0, 1.0, 1.0, 50, 10.0)
+    second = Progress(log, 1, 4, 10.0, 100.0, json.loads(json.dumps(first.state())))
+    second.update(1, 2.0, 1.0, 1.0, 50, 10.0)
+    assert second.seconds == 20 and second.tokens == 100
+    rows = read_log(str(tmp_path))
+    assert rows[1]["mfu"] == pytest.approx(0.5) and rows[1]["tokens_per_second"] == pytest.approx(5)
+    assert "mfu 50.0 %" in capsys.readouterr().out
+
+
+def test_durations_are_for_people():
+    assert [duration(s) for s in (4.4, 75, 3700)] == ["4s", "1m15s", "1h01m"]
