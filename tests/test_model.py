@@ -1,0 +1,177 @@
+"""Laws of the model: what it must be, whatever its weights."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as model_module
+from budget import flops_per_token, model_shape, num_params
+from model import GPT, LOGIT_CAP, CappedCrossEntropy, GPTConfig
+
+
+def small(depth=2, vocab_size=97, head_dim=32, n_kv_head=0, seed=0, trained=True):
+    """A small model; `trained` fills the matrices that start at zero."""
+    torch.manual_seed(seed)
+    shape = model_shape(depth, head_dim)
+    shape["n_kv_head"] = n_kv_head or shape["n_head"]
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=vocab_size, **shape))
+    if trained:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn_like(p) * (1.0 if p is model.transformer.wte.weight else 0.1))
+    return model
+
+
+def tokens(model, B=2, T=17, seed=1):
+    return torch.randint(0, model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_first_loss_is_the_log_of_the_vocabulary():
+    model = small(trained=False)
+    idx = tokens(model)
+    assert model(idx, idx).item() / idx.numel() == pytest.approx(math.log(97), rel=1e-6)
+
+
+def test_a_token_cannot_change_the_logits_before_it():
+    model = small()
+    idx = tokens(model)
+    other = idx.clone()
+    other[:, 9:] = (other[:, 9:] + 1) % 97
+    a, b = model(idx), model(other)
+    assert torch.equal(a[:, :9], b[:, :9]) and not torch.equal(a[:, 9], b[:, 9])
+
+
+def test_logits_stay_below_the_cap_and_are_float32():
+    model = small()
+    model.lm_head.weight.data *= 1000
+    logits = model(tokens(model))
+    assert logits.dtype == torch.float32 and logits.abs().max() <= LOGIT_CAP
+
+
+def test_every_weight_is_written_by_init_weights(monkeypatch):
+    model = small(trained=False)
+    for p in model.parameters():
+        torch.nn.init.constant_(p, float("nan"))
+    model.init_weights()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 10_000])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_chunked_loss_and_its_gradients_are_those_of_the_plain_one(monkeypatch, chunk, masked):
+    monkeypatch.setattr(model_module, "CHUNK_CPU", chunk * 50)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(23, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(50, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(0, 50, (23,), generator=generator)
+    if masked:
+        y[::3] = -1
+    plain = F.cross_entropy(LOGIT_CAP * torch.tanh((x @ w.t()) / LOGIT_CAP), y, ignore_index=-1, reduction="sum")
+    want = torch.autograd.grad(plain, (x, w))
+    loss = CappedCrossEntropy.apply(x, w, y)
+    got = torch.autograd.grad(3 * loss, (x, w))
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    for g, v in zip(got, want):                          # float32 inside, so not to the last digit
+        torch.testing.assert_close(g / 3, v, rtol=1e-4, atol=1e-5)
+
+
+def test_the_sum_of_the_token_losses_is_the_loss():
+    model = small()
+    idx = tokens(model)
+    y = idx.clone()
+    y[0, :5] = -1
+    each = model(idx, y, reduction="none")
+    assert each.shape == y.shape and (each[0, :5] == 0).all()
+    assert each.sum().item() == pytest.approx(model(idx, y).item(), rel=1e-5)
+
+
+def test_a_fully_masked_batch_has_loss_and_gradients_zero():
+    model = small()
+    idx = tokens(model)
+    loss = model(idx, torch.full_like(idx, -1))
+    loss.backward()
+    assert loss.item() == 0 and all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_logits_at_positions_are_those_of_the_full_pass():
+    model = small()
+    idx = tokens(model)
+    at = torch.tensor([3, 16])
+    torch.testing.assert_close(model(idx, positions=at), model(idx)[torch.arange(2), at])
+
+
+def test_gradient_checkpointing_changes_nothing():
+    plain, saving = small(), small()
+    saving.gradient_checkpointing = True
+    idx = tokens(plain)
+    for model in (plain, saving):
+        model(idx, idx).backward()
+    for a, b in zip(plain.parameters(), saving.parameters()):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_compiled_loss_equals_eager_loss():
+    model = small()
+    idx = tokens(model)
+    compiled = torch.compile(model, backend="aot_eager")  # traces everything, needs no C compiler
+    a, b = model(idx, idx), compiled(idx, idx)
+    a.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    b.backward()
+    torch.testing.assert_close(a, b)
+    for p, g in zip(model.parameters(), gradients):
+        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_is_close_to_float32():
+    model = small()
+    idx = tokens(model)
+    exact = model(idx, idx).item()
+    model.compute_dtype = torch.bfloat16
+    assert model(idx, idx).item() == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 12])
+def test_parameters_are_as_budgeted(depth):
+    shape = model_shape(depth)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=1000, **shape))
+    assert sum(p.numel() for p in model.parameters()) == num_params(**shape, vocab_size=1000)["total"]
+
+
+def test_known_sizes():
+    for depth, millions in {12: 186, 14: 252, 16: 336, 18: 438, 20: 561}.items():
+        total = num_params(**model_shape(depth), vocab_size=65536)["total"]
+        assert round(total / 1e6) == millions
+    d20 = flops_per_token(**model_shape(20), vocab_size=65536, sequence_len=2048)
+    assert d20 == pytest.approx(3.492e9, rel=1e-3)
+
+
+def test_state_dict_names_are_nanochats():
+    names = set(small().state_dict())
+    layer = {f"transformer.h.{i}.{name}.weight" for i in range(2) for name in
+             ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert names == layer | {"transformer.wte.weight", "lm_head.weight"}
+
+
+def test_logits_equal_transformers_nanochat_to_the_last_bit():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model = small(n_kv_head=2)
+    config = transformers.NanoChatConfig(
+        vocab_size=97, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=torch.finfo(torch.float32).eps)
+    theirs = transformers.NanoChatForCausalLM(config)
+    rename = {"attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj",
+              "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+              "transformer.wte": "model.embed_tokens", "transformer.h": "model.layers"}
+    state = {}
+    for name, value in model.state_dict().items():
+        for old, new in rename.items():
+            name = name.replace(old, new)
+        state[name] = value
+    theirs.load_state_dict(state, strict=True)
+    idx = tokens(model)
+    with torch.no_grad():
+        assert torch.equal(model(idx), theirs(idx).logits.float())
