@@ -1,0 +1,367 @@
+"""
+Text in, batches of tokens out: fetch shards, tokenize each once, serve any batch by its row.
+
+reads   the hub (HF_ENDPOINT, NANOCHAT_MIRROR), base_data/*.parquet
+writes  base_data/shard_NNNNN.parquet and, beside it, shard_NNNNN.<tokenizer's fingerprint>.bin
+run     python data.py -n 8               the first 8 training shards and the validation shard
+        python data.py --embedded=1       no network: the documentation inside this Python
+"""
+import bisect
+import contextlib
+import itertools
+import os
+import re
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from background import start_background  # noqa: F401  for the stages
+from common import WORLD_SIZE, atomic_write, base_path
+from configurator import configure
+from download import HUB, check_parquet, download
+
+num_shards = 8         # training shards to fetch, from 00000 on (95 MB, 52M tokens each); 0 = none
+num_threads = 4        # files fetched at the same time
+embedded = 0           # 1 = write the embedded corpus as the shards instead of downloading any
+tasks = 0              # 1 = also fetch what the tasks need (conversations, questions, words)
+
+SHARD_URL = f"{HUB}/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main/shard_%05d.parquet"
+VAL_SHARD = 1822       # the last one of the set, never trained on
+SHARD_BYTES = 100e6    # a shard on disk, rounded up
+GROUP = 1024           # documents in a row group, the unit in which shards are read
+PATIENCE = 120         # seconds in which nothing arrives before a missing shard is an error
+
+# ---------------------------------------------------------------------------------------------
+# 1. Shards: parquet files with one column of text.
+
+
+def shard_path(i):
+    return base_path("base_data", f"shard_{i:05d}.parquet")
+
+
+def check_shard(path):
+    """What keeps a file from being a downloaded shard of text, "" for nothing."""
+    problem = check_parquet(path)
+    if problem:
+        return problem
+    schema = pq.read_schema(path)
+    if "text" not in schema.names:
+        return f"it has no column 'text' (but {', '.join(schema.names)})"
+    return "it is the embedded corpus" if is_embedded(path) else ""
+
+
+def is_embedded(path):
+    """Whether write_shard made this file; the name does not tell it from a downloaded shard."""
+    return b"nanochat" in (pq.read_schema(path).metadata or {})
+
+
+def write_shard(path, texts):
+    """Texts as a parquet shard in the downloaded ones' layout, marked as ours."""
+    table = pa.table({"text": pa.array(texts, pa.string())})
+    table = table.replace_schema_metadata({"nanochat": "embedded"})
+    with atomic_write(path) as f:
+        pq.write_table(table, f, row_group_size=GROUP, compression="zstd")
+
+
+def fetch_shards(num_shards, num_threads):
+    """The validation shard and training shards 0 .. num_shards-1; SystemExit if one is missing."""
+    if num_shards > VAL_SHARD:
+        raise SystemExit(f"num_shards={num_shards}: the set has {VAL_SHARD} training shards")
+    wanted = [VAL_SHARD, *range(num_shards)]      # validation first: the first evaluation needs it
+    missing = [i for i in wanted if not os.path.exists(shard_path(i)) or check_shard(shard_path(i))]
+    folder, need = base_path("base_data"), len(missing) * SHARD_BYTES
+    os.makedirs(folder, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise SystemExit(f"{folder}: {len(missing)} shards need about {need / 1e9:.1f} GB, "
+                         f"{free / 1e9:.1f} GB are free; fetch fewer (-n) or set NANOCHAT_BASE_DIR")
+    print(f"{len(wanted) - len(missing)} of {len(wanted)} shards are there", flush=True)
+    problems, left = [], len(missing)
+    pool = ThreadPoolExecutor(num_threads)        # no "with": Ctrl-C would wait for all files
+    jobs = [pool.submit(fetch_shard, i) for i in missing]
+    for job in as_completed(jobs):
+        if job.cancelled():
+            continue
+        if job.exception():                       # what fails for one file fails for the next
+            problems.append(str(job.exception()))
+            for other in jobs:
+                other.cancel()
+            continue
+        left -= 1
+        print(f"{job.result()}   {left} left", flush=True)
+    if problems:
+        raise SystemExit(f"{left} of {len(wanted)} shards are missing: {problems[0]}")
+
+
+def fetch_shard(i):
+    start = time.time()
+    num_bytes = download(SHARD_URL % i, shard_path(i), check_shard)
+    seconds = time.time() - start
+    megabytes = num_bytes / 1e6
+    return f"shard_{i:05d}.parquet   {megabytes:.1f} MB   {megabytes / seconds:.1f} MB/s"
+
+
+def train_shards(num_shards):
+    """
+    The paths of the training shards, in order; the checkpoint's meta keeps the list.
+
+    num_shards: shards 0 .. num_shards-1, on disk already or still to come; 0 = all on disk now
+    """
+    if num_shards > VAL_SHARD:
+        raise SystemExit(f"num_shards={num_shards}: the set has {VAL_SHARD} training shards")
+    if num_shards > 0:
+        return [shard_path(i) for i in range(num_shards)]
+    folder = base_path("base_data")
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    names = [name for name in names if re.fullmatch(r"shard_\d{5}\.parquet", name)]
+    paths = [os.path.join(folder, name) for name in names]
+    paths = [path for path in paths if path != shard_path(VAL_SHARD)]
+    if not paths:
+        raise SystemExit(f"{folder}: no training shards here; run: python data.py -n 8 "
+                         "(or, without a network: python data.py --embedded=1)")
+    return paths
+
+
+def read_batches(path):
+    """Lists of up to 1024 texts, without ever holding the whole file."""
+    mend = "delete it and run python data.py again"
+    try:
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        if "text" not in names:
+            raise SystemExit(f"{path}: no column 'text' (but {', '.join(names)}); {mend}")
+        for group, batch in enumerate(file.iter_batches(GROUP, columns=["text"])):
+            texts = batch.column(0).to_pylist()
+            if not all(isinstance(text, str) for text in texts):
+                raise SystemExit(f"{path}: column 'text' has other things than strings in rows "
+                                 f"{group * GROUP} to {group * GROUP + len(texts) - 1}; {mend}")
+            yield texts
+    except FileNotFoundError:
+        raise SystemExit(f"{path}: not here; python data.py fetches shards") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SystemExit(f"{path}: damaged ({reason}); {mend}") from None
+
+
+def read_texts(path):
+    """The texts of a shard, one after the other."""
+    for texts in read_batches(path):
+        yield from texts
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. Token files: each shard is tokenized once, by a process that runs ahead of the trainer.
+
+
+def token_path(shard, tokenizer):
+    """The token file of a shard: the name holds the vocabulary's fingerprint, so no two mix."""
+    return f"{shard[:-len('.parquet')]}.{tokenizer.fingerprint}.bin"
+
+
+def is_fresh(path):
+    """Whether a token file is there and not older than the shard it was made from, if any."""
+    shard = f"{path[:-len('.bin')].rpartition('.')[0]}.parquet"
+    with contextlib.suppress(FileNotFoundError):
+        made = os.path.getmtime(path)
+        return not os.path.exists(shard) or os.path.getmtime(shard) <= made
+    return False
+
+
+def tokenize_shard(path, tokenizer):
+    """Make the token file of a shard unless it is there: <|bos|>, then the text, per document."""
+    out = token_path(path, tokenizer)
+    if not is_fresh(out):
+        documents = (([tokenizer.bos, *ids], None) for texts in read_batches(path)
+                     for ids in tokenizer.encode_batch(texts))
+        write_token_file(out, documents)
+    return out
+
+
+def write_token_file(path, documents):
+    """
+    Write documents as one run of uint16, and their masks, if any, as one of uint8.
+
+    documents: iterator of (ids, mask); mask None, or 1 for each token that is scored as a target.
+        Either all documents have a mask or none has.
+    """
+    mask_path = f"{path[:-len('.bin')]}.mask"
+    documents = iter(documents)
+    first = next(documents, ([], None))
+    masked = first[1] is not None
+    if not masked:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(mask_path)
+    # The inner file is finished first: where the tokens are, their mask is too.
+    mask_file = atomic_write(mask_path) if masked else contextlib.nullcontext()
+    with atomic_write(path) as f, mask_file as g:
+        for ids, mask in itertools.chain([first], documents):
+            tokens = np.array(ids, dtype=np.int64)
+            fits = tokens.size == 0 or (tokens.min() >= 0 and tokens.max() < 2**16)
+            assert fits, f"{path}: a token does not fit into uint16"
+            assert (mask is not None) == masked, f"{path}: all documents have a mask, or none"
+            f.write(tokens.astype(np.uint16).tobytes())
+            if masked:
+                assert len(mask) == len(ids), f"{path}: {len(mask)} marks for {len(ids)} tokens"
+                g.write(np.array(mask, dtype=np.uint8).tobytes())
+
+
+def make_token_files(shards, tokenizer):
+    """Token files for the shards in order, waiting for those whose download is still running."""
+    for path in shards:
+        if is_fresh(token_path(path, tokenizer)):
+            continue
+        wait_for_shard(path)
+        start = time.time()
+        num_tokens = os.path.getsize(tokenize_shard(path, tokenizer)) // 2
+        seconds = time.time() - start
+        print(f"{os.path.basename(path)}: {num_tokens:,} tokens in {seconds:.1f} s", flush=True)
+
+
+def wait_for_shard(path):
+    """Return when path is there; SystemExit when nothing arrives in its folder any more."""
+    name, folder = os.path.basename(path), os.path.dirname(path)
+    alive, said = time.time(), False
+    while not os.path.exists(path):
+        for other in os.listdir(folder) if os.path.isdir(folder) else []:
+            if other.endswith((".part", ".parquet")):
+                with contextlib.suppress(FileNotFoundError):         # renamed in this moment
+                    alive = max(alive, os.path.getmtime(os.path.join(folder, other)))
+        if time.time() - alive > PATIENCE:
+            raise SystemExit(f"{path}: not here, and nothing has arrived for {PATIENCE} s; "
+                             "fetch it with python data.py, then resume")
+        if not said:
+            print(f"waiting for {name} to be downloaded", flush=True)
+            said = True
+        time.sleep(0.5)
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Batches: where a row lies depends on its number alone, so resuming needs no loader state.
+
+
+class TokenStream:
+    """
+    The tokens of many files, one after the other, as a ring without end.
+
+    paths: token files in order; they need not exist yet
+    still_coming: what start_background returned; left out where nobody makes files
+    """
+
+    def __init__(self, paths, still_coming=None):
+        if not paths:
+            raise SystemExit("no training shards; run: python data.py -n 8")
+        self.paths, self.still_coming = list(paths), still_coming
+        self.files = []        # (tokens, mask or None) of the files opened so far, memory-mapped
+        self.ends = []         # ends[k]: tokens in files 0 .. k
+
+    @property
+    def known_tokens(self):
+        """Tokens in the files that are there by now, up to the first that is not."""
+        while len(self.files) < len(self.paths) and is_fresh(self.paths[len(self.files)]):
+            self.open_next()
+        return self.ends[-1] if self.ends else 0
+
+    @property
+    def num_tokens(self):
+        """The length of the ring; waits for all files."""
+        while len(self.files) < len(self.paths):
+            self.open_next()
+        return self.ends[-1]
+
+    def open_next(self):
+        """Wait for the next file, saying so once, and map it."""
+        path, said = self.paths[len(self.files)], False
+        while not is_fresh(path):
+            coming = self.still_coming is not None and self.still_coming()
+            if not coming and not is_fresh(path):
+                raise SystemExit(f"{path}: not here, and nothing makes it; run the stage again")
+            if not said:
+                print(f"waiting for {os.path.basename(path)}", flush=True)
+                said = True
+            time.sleep(0.05)
+        tokens, mask = map_file(path, np.uint16), map_file(f"{path[:-len('.bin')]}.mask", np.uint8)
+        assert mask is None or len(mask) == len(tokens), f"{path}: its mask has another length"
+        self.files.append((tokens, mask))
+        self.ends.append((self.ends[-1] if self.ends else 0) + len(tokens))
+
+    def batch_at(self, row, B, T):
+        """
+        Rows row .. row+B-1: row r begins at token r * T of the ring.
+
+        Rank k of n takes rows (step * n + k) * B and so on: disjoint, and together the same rows
+        that one process would take.
+
+        returns x, y: (B, T) int64; y[b, t] is the token after x[b, t], or -1 where it isn't scored
+        """
+        start, n = row * T, B * T + 1             # B rows lie side by side; y needs one token more
+        # The other ranks wait for our files. If those stop coming, all must end, not just they.
+        if WORLD_SIZE > 1 and self.still_coming and len(self.files) < len(self.paths):
+            self.still_coming()
+        while len(self.files) < len(self.paths) and (not self.ends or self.ends[-1] < start + n):
+            self.open_next()
+        if self.ends[-1] < T + 1:
+            raise SystemExit(f"{self.paths[0]} and on: {self.ends[-1]} tokens in all, a row of {T} "
+                             f"needs {T + 1}; fetch more shards or shorten max_seq_len")
+        x, y = np.empty(n, np.int64), np.empty(n, np.int64)
+        done = 0
+        while done < n:                           # once per file touched
+            position = (start + done) % self.ends[-1]
+            k = bisect.bisect_right(self.ends, position)
+            tokens, mask = self.files[k]
+            here = position - (self.ends[k] - len(tokens))
+            piece = slice(here, here + n - done)
+            part = slice(done, done + len(tokens[piece]))
+            x[part] = y[part] = tokens[piece]
+            if mask is not None:
+                y[part][mask[piece] == 0] = -1
+            done = part.stop
+        return x[:-1].reshape(B, T), y[1:].reshape(B, T)
+
+
+def map_file(path, dtype):
+    """A file as an array that the system reads page by page; None if there is none."""
+    if not os.path.exists(path):
+        return None
+    if os.path.getsize(path) == 0:                # nothing cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def pad_batch(rows, T):
+    """
+    Rows of different lengths as one batch, each cut to T + 1 tokens.
+
+    rows: list of (ids, mask), each beginning with <|bos|>, which also fills the short rows up
+    returns x, y: (B, T') int64; y is -1 where mask is 0 and in the filling. T' is the longest
+        row's need, rounded up to a multiple of 64 (few shapes to compile), at most T.
+    """
+    need = max(len(ids) - 1 for ids, _ in rows)
+    width = min(-(-max(need, 1) // 64) * 64, T)
+    x = np.full((len(rows), width), rows[0][0][0], np.int64)
+    y = np.full((len(rows), width), -1, np.int64)
+    for b, (ids, mask) in enumerate(rows):
+        ids, mask = np.array(ids[:width + 1]), np.array(mask[:width + 1])
+        x[b, :len(ids) - 1] = ids[:-1]
+        y[b, :len(ids) - 1] = np.where(mask[1:] == 1, ids[1:], -1)
+    return x, y
+
+
+if __name__ == "__main__":
+    config = configure(globals())
+    try:
+        if embedded:
+            from pydocs import write_shards
+            write_shards()
+        elif num_shards:
+            fetch_shards(num_shards, num_threads)
+        if tasks:
+            from tasks import fetch as fetch_tasks
+            fetch_tasks()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        os._exit(130)                             # a normal exit would wait for the threads

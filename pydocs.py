@@ -1,0 +1,208 @@
+"""
+The embedded corpus: the documentation that ships inside the reader's own Python.
+
+reads   pydoc's topics and the source files of the standard library, parsed with ast, never run
+writes  base_data/shard_00000.parquet (training), shard_01822.parquet (validation)
+
+About 2.5 MB of real English about one subject, there on every machine without a network.
+"""
+import ast
+import builtins
+import functools
+import hashlib
+import inspect
+import operator
+import os
+import re
+import sysconfig
+import warnings
+
+from data import VAL_SHARD, is_embedded, shard_path, write_shard
+
+# Folders without documentation: tests, installed packages, demos, character tables.
+SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "turtledemo", "encodings",
+        "lib-dynload", "__pycache__", "_bundled"}
+# Written in C, so there is no source to read; these are in every running Python anyway.
+# The best-known come first: of two methods with the same docstring the first one is kept.
+BUILTIN_TYPES = ("str", "list", "dict", "int", "float", "tuple", "set", "bytes", "bool", "range",
+                 "complex", "frozenset", "slice", "bytearray", "memoryview", "object", "type")
+VAL_FRACTION = 0.05      # of the documents
+# "S.find(sub) -> int", with which the docstrings of some C functions begin
+CALL = re.compile(r"[\w.]+\([^\n]*\)(?: *-> *[^\n]*)?(?:\n|$)\s*")
+
+
+@functools.lru_cache(None)
+def entries():
+    """
+    Everything documented: a sorted list of (kind, name, title, docstring).
+
+    kind: "builtin", "topic", "module", "class" or "function"
+    Docstrings are cleaned of their indentation; a second entry with the same one is left out,
+    or a third of the methods would say the same.
+    """
+    found, seen = [], set()
+    for entry in [*builtin_entries(), *topic_entries(), *library_entries()]:
+        if entry[3] and entry[3] not in seen:
+            seen.add(entry[3])
+            found.append(entry)
+    return found
+
+
+def builtin_entries():
+    """len, print, ... and the public methods of str, list, dict, ..."""
+    names = [name for name, thing in vars(builtins).items() if not name.startswith("_")
+             # not what the interactive mode or a test runner has put there
+             and getattr(thing, "__module__", None) == "builtins"]
+    for name in BUILTIN_TYPES:
+        methods = vars(getattr(builtins, name))
+        names += [f"{name}.{method}" for method in methods if not method.startswith("_")]
+    rank = {name: i for i, name in enumerate(BUILTIN_TYPES)}
+    for name in sorted(names, key=lambda name: (rank.get(name.split(".")[0], -1), name)):
+        thing = operator.attrgetter(name)(builtins)
+        doc = getattr(thing, "__doc__", None)
+        yield "builtin", name, title_of(name, thing), inspect.cleandoc(doc or "").strip()
+
+
+def title_of(name, thing):
+    """The name, with its arguments where C code states them."""
+    try:
+        return name + str(inspect.signature(thing))
+    except (TypeError, ValueError):
+        return name
+
+
+def topic_entries():
+    """
+    The language reference behind help("assert"); some systems do not install it.
+
+    "compound" contains the topics "if", "for" and so on once more. Left in, they would put the
+    same pages on both sides of the split, so what repeats a longer topic is left out.
+    """
+    path = os.path.join(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py")
+    topics, seen = {}, set()
+    for node in parse(path).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            topics = ast.literal_eval(node.value)
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        paragraphs = [" ".join(part.split()) for part in topics[name].split("\n\n")]
+        repeated = sum(len(part) for part in paragraphs if part in seen)
+        if repeated < 0.5 * sum(len(part) for part in paragraphs):
+            yield "topic", name, "", topics[name].strip()
+        seen.update(part for part in paragraphs if len(part) > 40)
+
+
+def library_entries():
+    """Modules, classes and functions of the standard library, file by file."""
+    root = sysconfig.get_path("stdlib")
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in SKIP and "-" not in name)
+        for name in sorted(names):
+            if name.endswith(".py") and name != "topics.py":
+                path = os.path.join(folder, name)
+                module = os.path.relpath(path, root)[:-len(".py")].replace(os.sep, ".")
+                module = module.removesuffix(".__init__")
+                tree = parse(path)
+                yield "module", module, f"module {module}", docstring_in(tree)
+                yield from definitions(tree, module)
+
+
+def parse(path):
+    """The syntax tree of a source file; an empty one where there is none to get."""
+    try:
+        with open(path, "rb") as f, warnings.catch_warnings():
+            warnings.simplefilter("ignore")          # old escapes in other people's strings
+            return ast.parse(f.read())
+    except (OSError, SyntaxError, ValueError):       # some files are wrong on purpose
+        return ast.Module([], [])
+
+
+def docstring_in(node):
+    return inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
+
+
+def definitions(node, prefix):
+    """The entries of classes and functions below a node, but not of those inside functions."""
+    for child in getattr(node, "body", []):
+        if isinstance(child, ast.ClassDef):
+            name = f"{prefix}.{child.name}"
+            yield "class", name, f"class {name}", docstring_in(child)
+            yield from definitions(child, name)
+        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            name, doc = f"{prefix}.{child.name}", docstring_in(child)
+            title = f"{name}({ast.unparse(child.args)})" if doc else ""
+            yield "function", name, title, doc
+        elif isinstance(child, (ast.If, ast.Try)):   # definitions for one system or another
+            yield from definitions(child, prefix)
+
+
+def digest(text):
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def documents():
+    """
+    The corpus: a list of str, each a title line and a docstring, in a fixed shuffled order.
+
+    Ordered by hash, so that what a trainer reads in order is mixed, and the same every time.
+    """
+    texts = [f"{title}\n\n{doc}" if title else doc for _, _, title, doc in entries()]
+    return sorted(set(texts), key=digest)
+
+
+def is_validation(document):
+    """The split: by the document's hash alone, so near-duplicates may stand on both sides."""
+    return int(digest(document)[-8:], 16) < VAL_FRACTION * 2**32
+
+
+def write_shards():
+    """Write the corpus in the place of the downloaded shards, unless it is there."""
+    train, val = shard_path(0), shard_path(VAL_SHARD)
+    there = [path for path in (train, val) if os.path.exists(path)]
+    for path in there:
+        if not is_embedded(path):
+            raise SystemExit(f"{path}: a downloaded shard is here already; set NANOCHAT_BASE_DIR "
+                             "to another folder for the embedded corpus")
+    if len(there) == 2:
+        print("the embedded corpus is there", flush=True)
+        return
+    texts = documents()
+    write_shard(val, [text for text in texts if is_validation(text)])
+    write_shard(train, [text for text in texts if not is_validation(text)])
+    num_bytes = sum(len(text.encode()) for text in texts)
+    print(f"embedded corpus: {len(texts)} documents, {num_bytes / 1e6:.2f} MB", flush=True)
+
+
+def first_sentence(doc):
+    """The first sentence of a docstring on one line, "" if there is none worth learning."""
+    doc = CALL.sub("", doc, count=1) if CALL.match(doc) else doc
+    paragraph = " ".join(doc.split("\n\n")[0].split())
+    end = re.search(r"\.(?= |$)(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)(?<!vs\.)", paragraph)
+    sentence = paragraph[:end.end()] if end else ""
+    good = re.fullmatch(r"[A-Z][a-z]+ [ -~]{15,130}", sentence)
+    return sentence if good and ">>>" not in sentence and " ." not in sentence else ""
+
+
+def functions():
+    """
+    (qualified name, first sentence of its docstring) for questions like "What does len do?".
+
+    The builtins first, then the public functions of the library. Every name stands once.
+    """
+    pairs = {}
+    for wanted in ("builtin", "function"):
+        for kind, name, _, doc in entries():
+            public = not any(part.startswith("_") for part in name.split("."))
+            error = "." not in name and name[0].isupper()        # ValueError does nothing
+            sentence = first_sentence(doc) if kind == wanted and public and not error else ""
+            if sentence:
+                pairs.setdefault(name, sentence)
+    return list(pairs.items())
+
+
+def words():
+    """Lowercase English-looking words of 3 to 12 letters that occur at least 3 times, sorted."""
+    counts = {}
+    for document in documents():
+        for word in re.findall(r"\b[a-z]{3,12}\b", document):
+            counts[word] = counts.get(word, 0) + 1
+    return sorted(word for word, count in counts.items() if count >= 3)

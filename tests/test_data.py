@@ -1,0 +1,542 @@
+"""Laws of downloading, token files and batches. Servers run in threads on 127.0.0.1."""
+import contextlib
+import hashlib
+import http.server
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import background
+import common
+import data
+import download as download_module
+from data import TokenStream, pad_batch, start_background, write_token_file
+from download import download
+from tokenizer import Tokenizer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BYTES = Tokenizer([bytes([i]) for i in range(256)])
+OTHER = Tokenizer([bytes([i]) for i in range(256)] + [b"th"])
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A base folder per test, no waiting between tries."""
+    monkeypatch.setattr(common, "BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(download_module, "PAUSES", (0, 0, 0))
+    os.makedirs(tmp_path / "base_data")
+    return tmp_path
+
+
+def parquet_bytes(texts=("one", "two"), **schema):
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(schema or {"text": list(texts)}), buffer)
+    return buffer.getvalue()
+
+
+def put_shard(i, texts=("one", "two")):
+    path = data.shard_path(i)
+    with open(path, "wb") as f:
+        f.write(parquet_bytes(texts))
+    return path
+
+
+@contextlib.contextmanager
+def serve(answer):
+    """A server that lets answer(handler, n) handle request n; yields (address, requests)."""
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append((self.path, self.headers.get("Range")))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                answer(self, len(seen))
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def send(handler, body, status=200, length=True, cut=None, **headers):
+    """One answer; cut: bytes after which the connection ends."""
+    handler.send_response(status)
+    for name, value in headers.items():
+        handler.send_header(name.replace("_", "-"), value)
+    if length:
+        handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body[:cut])
+
+
+def send_range(handler, body):
+    """The rest of body that was asked for, as servers that know Range do."""
+    start = int((handler.headers.get("Range") or "bytes=0-")[len("bytes="):-1])
+    if start == 0:
+        send(handler, body)
+    else:
+        where = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        send(handler, body[start:], 206, Content_Range=where)
+
+
+# 1.6 MB that do not compress
+BIG = parquet_bytes([np.random.default_rng(i).bytes(2000).hex() for i in range(800)])
+
+
+def content(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+# ------------------------------------------------------------------------------- download
+
+
+def test_a_cut_download_is_resumed_where_it_stopped(folder):
+    def answer(handler, n):
+        send(handler, BIG, cut=len(BIG) // 2) if n == 1 else send_range(handler, BIG)
+    with serve(answer) as (url, seen):
+        assert download(f"{url}/a.parquet", str(folder / "a.parquet")) > 0
+    assert content(folder / "a.parquet") == BIG
+    assert seen[1][1] and int(seen[1][1][6:-1]) > 0
+    assert sorted(os.listdir(folder)) == ["a.parquet", "base_data"]
+
+
+def test_a_cut_without_content_length_is_seen_by_the_footer(folder):
+    def answer(handler, n):
+        send(handler, BIG, length=n > 1, cut=len(BIG) // 2 if n == 1 else None)
+    with serve(answer) as (url, seen):
+        download(f"{url}/a.parquet", str(folder / "a.parquet"))
+    assert content(folder / "a.parquet") == BIG and len(seen) == 2
+
+
+def test_a_server_that_ignores_range_makes_it_start_over(folder):
+    with serve(lambda h, n: send(h, BIG, cut=len(BIG) // 2 if n == 1 else None)) as (url, seen):
+        download(f"{url}/a.parquet", str(folder / "a.parquet"))
+    assert content(folder / "a.parquet") == BIG and seen[1][1]
+
+
+@pytest.mark.parametrize("part", [b"x" * 100, b"x" * (len(BIG) + 5)], ids=["other", "longer"])
+def test_a_part_that_does_not_fit_is_thrown_away(folder, part):
+    (folder / "a.parquet.part").write_bytes(part)
+
+    def answer(handler, n):
+        asked = handler.headers.get("Range") or "bytes=0-"
+        send(handler, b"", 416) if int(asked[6:-1]) > len(BIG) else send_range(handler, BIG)
+    with serve(answer) as (url, _):
+        download(f"{url}/a.parquet", str(folder / "a.parquet"))
+    assert content(folder / "a.parquet") == BIG
+
+
+def test_a_web_page_is_not_a_file(folder):
+    page = b"<!DOCTYPE html><html>please log in</html>"
+    for headers in ({"Content_Type": "text/html; charset=utf-8"}, {}):
+        with serve(lambda h, n: send(h, page, **headers)) as (url, _):
+            with pytest.raises(SystemExit, match="web page"):
+                download(f"{url}/words.txt", str(folder / "words.txt"))
+    assert not os.path.exists(folder / "words.txt")
+
+
+def test_404_fails_at_once_and_says_where(folder):
+    with serve(lambda h, n: h.send_error(404)) as (url, seen):
+        with pytest.raises(SystemExit, match="a.parquet: status 404"):
+            download(f"{url}/a.parquet", str(folder / "a.parquet"))
+    assert len(seen) == 1 and os.listdir(folder) == ["base_data"]
+
+
+def test_a_busy_server_is_asked_again_after_the_time_it_names(folder, monkeypatch):
+    slept = []
+    monkeypatch.setattr(download_module.time, "sleep", slept.append)
+
+    def answer(handler, n):
+        send(handler, b"", (429, 503)[n - 1], Retry_After="25") if n < 3 else send(handler, BIG)
+    with serve(answer) as (url, _):
+        download(f"{url}/a.parquet", str(folder / "a.parquet"))
+    assert content(folder / "a.parquet") == BIG
+    assert sum(seconds for seconds in slept if seconds >= 5) == 50
+
+
+def test_an_unreachable_hub_ends_with_one_line(folder):
+    with socket.socket() as s:                    # a port on which nobody listens
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with pytest.raises(SystemExit) as error:
+        download(f"http://127.0.0.1:{port}/a.parquet", str(folder / "a.parquet"))
+    assert "is the network up?" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_flipped_byte_is_caught_by_the_hubs_sha256(folder):
+    etag = f'"{hashlib.sha256(BIG).hexdigest()}"'
+    spoiled = BIG[:1000] + bytes([BIG[1000] ^ 1]) + BIG[1001:]
+    with serve(lambda h, n: send(h, spoiled if n == 1 else BIG, X_Linked_Etag=etag)) as (url, seen):
+        download(f"{url}/a.parquet", str(folder / "a.parquet"))
+    assert content(folder / "a.parquet") == BIG and len(seen) == 2
+    with serve(lambda h, n: send(h, spoiled, X_Linked_Etag=etag)) as (url, seen):
+        with pytest.raises(SystemExit, match="sha256"):
+            download(f"{url}/b.parquet", str(folder / "b.parquet"))
+    assert not os.path.exists(folder / "b.parquet")
+
+
+def test_a_good_file_costs_no_request_and_a_damaged_one_is_replaced(folder):
+    path = folder / "a.parquet"
+    with serve(lambda h, n: send(h, BIG)) as (url, seen):
+        path.write_bytes(BIG[:len(BIG) // 2])
+        assert download(f"{url}/a.parquet", str(path)) > 0
+        assert download(f"{url}/a.parquet", str(path)) == 0
+    assert content(path) == BIG and len(seen) == 1
+
+
+def test_a_full_disk_ends_with_one_line(folder, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(download_module, "fetch", full)
+    with pytest.raises(SystemExit, match="No space left on device; free some disk space"):
+        download("http://127.0.0.1:9/a.parquet", str(folder / "a.parquet"))
+
+
+def test_a_killed_download_leaves_only_a_part_and_is_resumed(folder):
+    path, half = str(folder / "a.parquet"), len(BIG) * 3 // 4
+
+    def answer(handler, n):
+        if n > 1:
+            return send_range(handler, BIG)
+        send(handler, BIG, cut=half)
+        handler.wfile.flush()
+        time.sleep(2)                             # the line is silent, nobody hangs up
+    with serve(answer) as (url, seen):
+        code = f"from download import download; download({url + '/a.parquet'!r}, {path!r})"
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+        while not os.path.exists(f"{path}.part") or os.path.getsize(f"{path}.part") < len(BIG) // 4:
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        assert not os.path.exists(path)
+        download(f"{url}/a.parquet", path)
+    assert content(path) == BIG and seen[1][1]
+
+
+def test_two_at_once_fetch_a_file_once(folder):
+    def slow(handler, n):
+        time.sleep(0.2)
+        send(handler, BIG)
+    with serve(slow) as (url, seen):
+        args = (f"{url}/a.parquet", str(folder / "a.parquet"))
+        threads = [threading.Thread(target=download, args=args) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert content(folder / "a.parquet") == BIG and len(seen) == 1
+    assert not os.path.exists(folder / "a.parquet.part")
+
+
+def test_the_hub_and_every_other_host_can_be_replaced(monkeypatch):
+    monkeypatch.setattr(download_module, "HF_ENDPOINT", "http://hub")
+    monkeypatch.setattr(download_module, "MIRROR", "http://mirror/x")
+    assert download_module.mirrored("https://huggingface.co/datasets/a") == "http://hub/datasets/a"
+    assert download_module.mirrored("https://a.b/c/d.zip") == "http://mirror/x/a.b/c/d.zip"
+    assert download_module.mirrored("http://mirror/x/a.b/c") == "http://mirror/x/a.b/c"
+
+
+# ----------------------------------------------------------------------------------- shards
+
+
+def test_the_validation_shard_comes_first_and_nothing_is_fetched_twice(folder, monkeypatch):
+    with serve(lambda h, n: send(h, parquet_bytes())) as (url, seen):
+        monkeypatch.setattr(download_module, "HF_ENDPOINT", url)
+        data.fetch_shards(2, 1)
+        data.fetch_shards(2, 1)
+    assert [path[-19:-8] for path, _ in seen] == ["shard_01822", "shard_00000", "shard_00001"]
+    assert data.train_shards(0) == data.train_shards(2) == [data.shard_path(0), data.shard_path(1)]
+
+
+def test_a_missing_shard_ends_the_download_with_an_error(folder, monkeypatch):
+    def answer(handler, n):
+        handler.send_error(404) if "00001" in handler.path else send(handler, parquet_bytes())
+    with serve(answer) as (url, _):
+        monkeypatch.setattr(download_module, "HF_ENDPOINT", url)
+        with pytest.raises(SystemExit, match="1 of 3 shards are missing.*404"):
+            data.fetch_shards(2, 1)
+
+
+def test_a_shard_without_text_is_refused(folder, monkeypatch):
+    with serve(lambda h, n: send(h, parquet_bytes(content=["a"]))) as (url, _):
+        monkeypatch.setattr(download_module, "HF_ENDPOINT", url)
+        with pytest.raises(SystemExit, match="no column 'text'"):
+            data.fetch_shards(1, 1)
+    assert data.train_shards(1) and not os.path.exists(data.shard_path(0))
+
+
+def test_the_embedded_corpus_is_not_taken_for_a_downloaded_shard(folder, monkeypatch):
+    data.write_shard(data.shard_path(0), ["docs"])
+    with serve(lambda h, n: send(h, parquet_bytes())) as (url, _):
+        monkeypatch.setattr(download_module, "HF_ENDPOINT", url)
+        data.fetch_shards(1, 1)
+    assert list(data.read_texts(data.shard_path(0))) == ["one", "two"]
+
+
+def test_too_little_disk_is_said_before_the_download(folder, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**8}))
+    with pytest.raises(SystemExit, match="3 shards need about 0.3 GB, 0.1 GB are free"):
+        data.fetch_shards(2, 1)
+
+
+def test_no_shards_says_how_to_get_them(folder):
+    with pytest.raises(SystemExit, match="python data.py -n 8"):
+        data.train_shards(0)
+    with pytest.raises(SystemExit, match="1822"):
+        data.train_shards(1823)
+
+
+def test_reading_names_what_is_wrong_with_a_shard(folder):
+    path = folder / "a.parquet"
+    for body, message in [
+        (BIG[:len(BIG) // 2], "damaged"),
+        (BIG[:500] + b"\0" * 200_000 + BIG[200_500:], "damaged"),
+        (parquet_bytes(content=["a"]), "no column 'text' \\(but content\\)"),
+        (parquet_bytes(text=[1, 2]), "other things than strings in rows 0 to 1"),
+        (parquet_bytes(text=["a", None]), "other things than strings in rows 0 to 1"),
+    ]:
+        path.write_bytes(body)
+        with pytest.raises(SystemExit, match=message) as error:
+            list(data.read_texts(str(path)))
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+# ------------------------------------------------------------------------------ token files
+
+
+def test_a_token_file_is_bos_and_text_for_each_document(folder):
+    out = data.tokenize_shard(put_shard(0, ["hi", "", "<|bos|>é"]), BYTES)
+    bos = BYTES.bos
+    expected = [bos, *b"hi", bos, bos, *"<|bos|>é".encode()]
+    assert out == data.token_path(data.shard_path(0), BYTES)
+    assert np.fromfile(out, np.uint16).tolist() == expected
+
+
+def test_a_cache_of_another_tokenizer_is_never_used(folder):
+    shard = put_shard(0, ["the"])
+    first, second = data.tokenize_shard(shard, BYTES), data.tokenize_shard(shard, OTHER)
+    assert first != second
+    assert np.fromfile(second, np.uint16).tolist() == [OTHER.bos, 256, ord("e")]
+
+
+def test_a_cache_older_than_its_shard_is_made_anew(folder):
+    out = data.tokenize_shard(put_shard(0, ["a"]), BYTES)
+    os.utime(out, (1e9, 1e9))
+    os.utime(put_shard(0, ["b"]))
+    assert not data.is_fresh(out)
+    with pytest.raises(SystemExit, match="nothing makes it"):
+        TokenStream([out]).batch_at(0, 1, 1)
+    data.tokenize_shard(data.shard_path(0), BYTES)
+    assert np.fromfile(out, np.uint16).tolist() == [BYTES.bos, ord("b")]
+
+
+def test_a_token_outside_uint16_and_a_short_mask_leave_no_file(folder):
+    path = str(folder / "x.bin")
+    for documents in ([([70_000], None)], [([1, 2], [1])], [([1], None), ([2], [1])]):
+        with pytest.raises(AssertionError):
+            write_token_file(path, iter(documents))
+    assert sorted(os.listdir(folder)) == ["base_data"]
+
+
+# ----------------------------------------------------------------------------------- batches
+
+
+def token_files(folder, *lengths):
+    """Files that together count 0, 1, 2, ..."""
+    paths, start = [], 0
+    for k, length in enumerate(lengths):
+        paths.append(str(folder / f"t{k}.x.bin"))
+        write_token_file(paths[-1], iter([(list(range(start, start + length)), None)]))
+        start += length
+    return paths
+
+
+def test_targets_are_the_next_tokens_and_rows_cross_files_and_wrap(folder):
+    stream = TokenStream(token_files(folder, 10, 0, 3, 17))       # 30 tokens in all
+    for row in (0, 1, 3, 4, 5, 13, 10**6 + 1):
+        x, y = stream.batch_at(row, 3, 7)
+        where = (row * 7 + np.arange(21)) % 30
+        assert x.dtype == y.dtype == np.int64 and x.shape == y.shape == (3, 7)
+        assert (x.ravel() == where).all() and (y.ravel() == (where + 1) % 30).all()
+    assert stream.num_tokens == stream.known_tokens == 30
+
+
+def test_a_row_depends_on_its_number_alone(folder):
+    paths = token_files(folder, 100, 50)
+    stream = TokenStream(paths)
+    whole = stream.batch_at(8, 4, 16)
+    for b in range(4):                            # other batch sizes, another stream, any order
+        x, y = TokenStream(paths).batch_at(11 - b, 1, 16)
+        assert (x[0] == whole[0][3 - b]).all() and (y[0] == whole[1][3 - b]).all()
+
+
+def test_ranks_share_out_the_rows_of_one_process(folder):
+    stream, B, n = TokenStream(token_files(folder, 4096)), 2, 4
+    step_of_one = stream.batch_at(3 * n * B, n * B, 16)[0]
+    shares = [stream.batch_at((3 * n + rank) * B, B, 16)[0] for rank in range(n)]
+    assert (np.concatenate(shares) == step_of_one).all()
+    assert len(np.unique(np.concatenate(shares))) == n * B * 16   # disjoint
+
+
+def test_only_what_the_mask_names_is_scored(folder):
+    path = str(folder / "a.x.bin")
+    write_token_file(path, iter([([9, 1, 2], [0, 0, 1]), ([9, 3, 4], [0, 1, 0])]))
+    x, y = TokenStream([path]).batch_at(0, 2, 5)                   # the second row wraps
+    assert x.tolist() == [[9, 1, 2, 9, 3], [4, 9, 1, 2, 9]]
+    assert y.tolist() == [[-1, 2, -1, 3, -1], [-1, -1, 2, -1, 3]]
+    write_token_file(path, iter([([9, 1, 2], None)]))              # the old mask goes
+    assert TokenStream([path]).batch_at(0, 1, 2)[1].tolist() == [[1, 2]]
+
+
+def test_too_few_tokens_end_with_one_line(folder):
+    paths = token_files(folder, 5, 3)
+    assert TokenStream(paths).batch_at(0, 1, 7)[1].tolist() == [list(range(1, 8))]
+    with pytest.raises(SystemExit, match="8 tokens in all, a row of 8 needs 9"):
+        TokenStream(paths).batch_at(0, 1, 8)
+    with pytest.raises(SystemExit, match="no training shards"):
+        TokenStream([])
+
+
+def test_a_batch_waits_only_for_the_files_it_needs(folder, capsys):
+    paths = token_files(folder, 64, 64)
+    os.rename(paths[1], folder / "later")
+    stream = TokenStream(paths, lambda: True)
+    assert stream.batch_at(0, 3, 16)[0].max() == 47 and stream.known_tokens == 64
+    threading.Timer(0.3, os.rename, (folder / "later", paths[1])).start()
+    assert stream.batch_at(3, 2, 16)[1].max() == 80
+    assert capsys.readouterr().out.count("waiting for t1.x.bin") == 1
+
+
+def test_pad_batch_fills_up_to_a_multiple_of_64_and_never_beyond_T():
+    bos = 7
+    rows = [([bos, 1, 2], [0, 0, 1]), ([bos] + list(range(100, 180)), [0] + [1] * 80)]
+    x, y = pad_batch(rows, 256)
+    assert x.shape == y.shape == (2, 128) and x.dtype == y.dtype == np.int64
+    assert x[0].tolist() == [bos, 1] + [bos] * 126 and y[0].tolist() == [-1, 2] + [-1] * 126
+    assert x[1, :80].tolist() == rows[1][0][:80] and y[1, :80].tolist() == rows[1][0][1:]
+    x, y = pad_batch(rows, 50)                    # cut to T + 1 tokens
+    assert x.shape == (2, 50) and y[1, -1] == rows[1][0][50]
+    assert pad_batch([([bos], [0])], 50)[1].max() == -1
+
+
+# ------------------------------------------------------------------------------- background
+
+
+def test_the_background_makes_the_files_in_order_and_ends(folder):
+    shards = [put_shard(i, ["x" * 40] * 3) for i in range(3)]
+    still_coming = start_background(data.make_token_files, shards, BYTES)
+    stream = TokenStream([data.token_path(shard, BYTES) for shard in shards], still_coming)
+    assert stream.batch_at(0, 1, 16)[0][0, 0] == BYTES.bos
+    assert stream.num_tokens == 3 * 3 * 41
+    assert still_coming.process.wait(10) == 0 and still_coming() is False
+
+
+@pytest.mark.parametrize("body, message", [
+    (b"PAR1 nothing else", "damaged"), (parquet_bytes(content=["a"]), "no column 'text'")])
+def test_an_error_in_the_background_reaches_the_one_who_waits(folder, body, message):
+    shard = put_shard(0)
+    with open(shard, "wb") as f:
+        f.write(body)
+    still_coming = start_background(data.make_token_files, [shard], BYTES)
+    stream = TokenStream([data.token_path(shard, BYTES)], still_coming)
+    with pytest.raises(SystemExit, match=message) as error:
+        stream.batch_at(0, 1, 16)
+    assert "\n" not in str(error.value)
+
+
+def test_a_killed_background_is_noticed(folder):
+    still_coming = start_background(time.sleep, 60)
+    assert still_coming()
+    still_coming.process.send_signal(signal.SIGKILL)
+    still_coming.process.wait()
+    with pytest.raises(SystemExit, match="ended with code -9"):
+        TokenStream([str(folder / "never.x.bin")], still_coming).batch_at(0, 1, 16)
+
+
+def test_the_background_does_not_outlive_a_killed_trainer():
+    code = ("import os, time; from data import start_background\n"
+            "print(start_background(time.sleep, 60).process.pid, flush=True)\n"
+            "time.sleep(0.5); os.kill(os.getpid(), 9)")
+    trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    pid = int(trainer.stdout.readline())
+    trainer.wait(20)
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as f:
+            if f.read().rpartition(")")[2].split()[0] == "Z":      # dead, not yet collected
+                return
+        time.sleep(0.1)
+    os.kill(pid, 9)
+    raise AssertionError("still running after 10 s")
+
+
+def test_other_ranks_start_nothing_and_wait(folder, monkeypatch):
+    monkeypatch.setattr(background, "RANK", 1)
+    still_coming = start_background(time.sleep, 60)
+    assert still_coming() and still_coming.process is None
+
+
+def test_a_shard_that_nobody_downloads_is_not_waited_for_forever(folder, monkeypatch, capsys):
+    monkeypatch.setattr(data, "PATIENCE", 0.8)
+    part = f"{data.shard_path(3)}.part"
+    stop = threading.Event()
+
+    def grow():                                   # some download is alive for 1.5 seconds
+        while not stop.wait(0.1):
+            with open(part, "ab") as f:
+                f.write(b"x")
+    threading.Thread(target=grow, daemon=True).start()
+    threading.Timer(1.5, stop.set).start()
+    start = time.time()
+    with pytest.raises(SystemExit, match="nothing has arrived for 0.8 s"):
+        data.wait_for_shard(data.shard_path(0))
+    assert 2 < time.time() - start < 6
+    assert capsys.readouterr().out.count("waiting for shard_00000.parquet") == 1
+
+
+# ------------------------------------------------------------------------------ real mirror
+
+
+@pytest.mark.skipif(not os.environ.get("NANOCHAT_TEST_HUB"),
+                    reason="NANOCHAT_TEST_HUB names no mirror with serve.py")
+def test_shards_of_a_real_mirror_arrive_unchanged(folder):
+    hub = os.environ["NANOCHAT_TEST_HUB"]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, os.path.join(hub, "serve.py"), str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        server.stdout.readline()
+        endpoint = f"http://127.0.0.1:{port}"
+        env = dict(os.environ, HF_ENDPOINT=endpoint, NANOCHAT_BASE_DIR=str(folder))
+        command = [sys.executable, "data.py", "-n", "2"]
+        for _ in range(2):                        # the second time everything is there
+            subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=120)
+    finally:
+        server.terminate()
+        server.wait()
+    for i in (0, 1, data.VAL_SHARD):
+        path = data.SHARD_URL.removeprefix(download_module.HUB + "/") % i
+        assert content(data.shard_path(i)) == content(os.path.join(hub, "huggingface.co", path))
+    assert sum(len(text) for text in data.read_texts(data.shard_path(0))) > 10**6
