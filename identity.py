@@ -1,0 +1,147 @@
+"""
+Conversations in which the assistant says who it is, made offline from a few templates.
+
+in    a name, a maker, facts separated by ";" (the knobs of the stages)
+out   conversation(...): one of as many conversations as wanted, a function of its number
+
+To give the model your own identity, change the knobs; to teach it more questions, add wordings
+here. HELD_OUT stands apart: these wordings are asked in tests and never trained on, so a right
+answer to one shows that the model understood the question and did not only memorize it.
+"""
+import random
+
+# What people ask, by what they want to know. In each list the plainest wording comes first.
+WORDINGS = {
+    "name": [
+        "Who are you?", "What is your name?", "What's your name?", "Who are you really?",
+        "Tell me who you are.", "Tell me your name.", "What are you called?",
+        "What do people call you?", "How should I call you?", "Do you have a name?",
+        "Who am I speaking with?", "Who is this?", "Who's there?", "And who are you?",
+        "Could you tell me your name?", "I'd like to know who you are.", "Say who you are.",
+        "Give me your name.", "So who are you?", "Who exactly are you?", "May I know your name?",
+        "Who is answering me?", "State your name.", "Please say your name.",
+        "What name do you go by?", "Who am I chatting to?", "Whom am I writing to?", "Your name?",
+        "Can you say who you are?", "I want to know your name.", "Which assistant are you?",
+        "Who would you say you are?", "What was your name?", "Are you able to tell me your name?",
+    ],
+    "kind": [
+        "What are you?", "Are you a human?", "Are you a robot?", "Are you an AI?",
+        "What kind of model are you?", "Describe yourself.", "Tell me about yourself.",
+        "Tell me something about you.", "Present yourself.", "Introduce yourself to me.",
+        "What exactly are you?", "Are you a real person?", "Is this a bot?",
+        "What sort of program are you?", "Am I talking to a machine?",
+        "Are you a computer program?", "So what are you?", "Say something about yourself.",
+        "What is it that you are?", "Are you alive?", "Which model are you?",
+        "Explain what you are.", "Are you a person or a program?",
+    ],
+    "maker": [
+        "Who made you?", "Who built you?", "Who is your maker?", "Who trained you?",
+        "Where do you come from?", "Who is your creator?", "Who is behind you?",
+        "By whom were you made?", "Who programmed you?", "Who wrote you?",
+        "Do you know who made you?", "Tell me who made you.", "Tell me who built you.",
+        "Who is responsible for you?", "Who do you belong to?", "Who designed you?",
+        "What is the name of your maker?", "Were you made by someone?", "And who made you?",
+        "Who was it that trained you?",
+    ],
+    "other": [   # questions that put another name into the model's mouth
+        "Are you ChatGPT?", "Are you Siri?", "Is your name Bob?", "Are you Alexa?",
+        "Are you GPT-4?", "You are Claude, right?", "Is your name Anna?", "Are you Gemini?",
+        "Hello Max, is that you?",
+    ],
+    "fact": [
+        "Tell me a fact about yourself.", "What should I know about you?",
+        "What else can you say about yourself?", "What is special about you?",
+        "Tell me more about you.", "How were you made?", "What do you know about yourself?",
+        "Is there anything else about you?", "Share something about yourself.",
+    ],
+}
+
+# Asked in tests only.
+HELD_OUT = {
+    "name": [
+        "Who am I talking to?", "What should I call you?", "May I ask your name?",
+        "Can you tell me who you are?", "Do you know who you are?", "By what name are you known?",
+        "Might you have a name?", "How are you called?", "I would like to know your name.",
+    ],
+    "kind": [
+        "Introduce yourself.", "Can you describe yourself?", "What sort of thing are you?",
+        "Are you a machine?",
+    ],
+    "maker": [
+        "Who created you?", "Who developed you?", "Whose work are you?",
+        "Can you tell me who made you?",
+    ],
+    "other": [
+        "Are you Copilot?",
+    ],
+}
+
+GREETINGS = ["", "", "", "", "Hi! ", "Hello! ", "Hey, ", "Good morning. ", "Hi there, ", "Hello, "]
+SMALL_TALK = ["Hi!", "Hello", "hey", "Good morning!", "Hi there", "Good evening", "Hello there!"]
+
+
+def held_out_questions():
+    """The test wordings as a list of (kind, question)."""
+    return [(kind, question) for kind, questions in HELD_OUT.items() for question in questions]
+
+
+def conversation(i, name, maker, facts, split):
+    """
+    Conversation number i: a dict of messages, kind "identity" and answer (the name).
+
+    facts: str, sentences separated by ";"; may be empty, and so may maker
+    split: "train" draws decorated wordings; "test" gives the held-out ones as they stand, in turn
+    """
+    facts = [fact.strip().rstrip(".") + "." for fact in facts.split(";") if fact.strip()]
+    rng = random.Random(f"identity {split} {i}")     # a str seed: the same on every machine
+    if split == "test":
+        questions = held_out_questions()
+        kind, question = questions[i % len(questions)]
+        messages = []
+    else:
+        kinds = ["name"] * 4 + ["kind"] * 2 + ["maker"] * 2 + ["other"] + ["fact"] * bool(facts)
+        kind = rng.choice(kinds)
+        question = decorated(rng.choice(WORDINGS[kind]), rng)
+        messages = small_talk(name, rng) if rng.random() < 0.1 else []
+    messages += [{"role": "user", "content": question},
+                 {"role": "assistant", "content": reply(kind, name, maker, facts, rng)}]
+    return {"messages": messages, "kind": "identity", "answer": name}
+
+
+def decorated(question, rng):
+    """The question as different people type it: greeting, small letters, no question mark."""
+    style = rng.random()
+    greeting = rng.choice(GREETINGS)
+    if greeting.endswith(", ") and not question.startswith("I"):
+        question = question[0].lower() + question[1:]
+    question = greeting + question
+    if style < 0.25:
+        question = question.lower()
+    elif style < 0.30:
+        question = question.upper()
+    if rng.random() < 0.2:
+        question = question.rstrip("?.")
+    if rng.random() < 0.05:
+        question += "?" if question.endswith("?") else " please"
+    return question
+
+
+def small_talk(name, rng):
+    """A greeting and its answer, for conversations that do not begin with the question."""
+    return [{"role": "user", "content": rng.choice(SMALL_TALK)},
+            {"role": "assistant", "content": f"Hello! I am {name}. How can I help you?"}]
+
+
+def reply(kind, name, maker, facts, rng):
+    """What the assistant says to a question of that kind; the name is always in it."""
+    by = f" made by {maker}" if maker else ""
+    made = f"I was made by {maker}." if maker else "I do not know who made me."
+    answers = {
+        "name": [f"I am {name}, a small language model{by}.",
+                 f"My name is {name}. I am a small language model{by}."],
+        "kind": [f"I am {name}, a small language model{by}. I am a program, not a person."],
+        "maker": [f"I am {name}. {made}"],
+        "other": [f"No, I am {name}, a small language model{by}."],
+        "fact": [f"I am {name}. {fact}" for fact in facts],
+    }
+    return rng.choice(answers[kind])

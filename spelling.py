@@ -1,0 +1,132 @@
+"""
+Rows that teach letters: spelling a word, and counting a letter in it with the calculator.
+
+in    a row number and a split; the words come from task_data/words/ or the embedded corpus
+out   conversations; row i is a function of i, so nothing is stored
+
+A model sees tokens, not letters: it cannot know that "straw" begins with an s unless it is told.
+"""
+import functools
+import os
+import random
+import zlib
+
+import numpy as np
+
+import pydocs
+from common import base_path
+
+TEST_SHARE = 10                              # one word in so many is kept for the test
+MAX_LETTERS = 12                             # of an invented word, as of the corpus's
+
+
+def in_test(text):
+    """Whether a word belongs to the test: by its hash, so no seed and no order mixes the splits."""
+    return zlib.crc32(text.encode()) % TEST_SHARE == 0
+
+
+def word_list():
+    """Where the words come from: a downloaded list (370,105 words), or "" = the embedded corpus."""
+    path = base_path("task_data", "words", "words_alpha.txt")
+    return path if os.path.exists(path) else ""
+
+
+@functools.lru_cache(None)
+def words(split):
+    """The words of a split in a fixed random order, lowercase ASCII letters."""
+    path = word_list()
+    found = listed_words(path) if path else pydocs.words()
+    found = sorted(word for word in set(found) if in_test(word) == (split == "test"))
+    # RandomState: numpy promises that its stream never changes
+    return [found[i] for i in np.random.RandomState(42).permutation(len(found))]
+
+
+def listed_words(path):
+    """The words of the downloaded list, which ends its lines with CR LF."""
+    problem = check_words(path)
+    if problem:
+        raise SystemExit(f"{path}: {problem}; delete it and run: python data.py -n 0 --tasks=1")
+    with open(path, encoding="ascii") as f:
+        return f.read().split()
+
+
+def check_words(path):
+    """What is wrong with a word list, "" for nothing."""
+    with open(path, "rb") as f:
+        lines = f.read().splitlines()
+    if len(lines) < 1000 or not all(line.isalpha() and line.islower() for line in lines):
+        return "it is not a list of one lowercase word per line"
+    return ""
+
+
+def spelling_row(i, split, pseudo, pieces):
+    """
+    Spell the word 'apple' -> a-p-p-l-e.
+
+    One wording alone: a tiny model that saw one spelled 43 of 50 unseen words, one that saw eight
+    in its short training spelled 2.
+    """
+    rng = random.Random(f"spelling {split} {i}")         # a str seed: the same on every machine
+    if split == "train" and rng.random() < pseudo:
+        word = invented_word(pieces, rng)
+    else:
+        word = words(split)[i % len(words(split))]
+    answer = "-".join(word)
+    return {"messages": [{"role": "user", "content": f"Spell the word '{word}'"},
+                         {"role": "assistant", "content": answer}],
+            "kind": "exact", "answer": answer, "word": word}
+
+
+def invented_word(pieces, rng):
+    """Two or three pieces in a row, never a word of the test."""
+    while True:
+        word = "".join(rng.choices(pieces, k=rng.choice((2, 2, 3))))
+        if len(word) <= MAX_LETTERS and not in_test(word):
+            return word
+
+
+COUNT_QUESTIONS = [          # the first is the plain one
+    "How many {letter} are in {word}?",
+    "How many {letter} are there in {word}?",
+    "How often does {letter} appear in {word}?",
+    "How many times does {letter} occur in the word {word}?",
+    "Count the letter {letter} in {word}.",
+    "Count every {letter} in the word {word}",
+    "In {word}, how many {letter} do you see?",
+    "What is the number of {letter} in {word}?",
+    "{word}: how many {letter}?",
+    "Please count how often {letter} is in {word}.",
+    "how many {letter} in {word}",
+    "Tell me how many {letter} {word} has.",
+    "If you spell {word}, how many {letter} do you write?",
+]
+QUOTES = ["'", "'", '"', "", "`"]
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+def counting_row(i, split, varied):
+    """
+    How many 'r' are in 'strawberry'? -> counted by hand, checked with Python, then the number.
+
+    varied: many wordings and quotes; False = the plain one only
+    """
+    rng = random.Random(f"counting {split} {i}")
+    word = rng.choice(words(split))
+    # one question in ten is about a letter that may well not be there
+    letter = rng.choice(word) if rng.random() < 0.9 else rng.choice(ALPHABET)
+    template = rng.choice(COUNT_QUESTIONS) if varied else COUNT_QUESTIONS[0]
+    quote = rng.choice(QUOTES) if varied else "'"
+    question = template.format(letter=f"{quote}{letter}{quote}", word=f"{quote}{word}{quote}")
+    count = word.count(letter)
+    # each letter with the count so far: the model only ever adds one
+    lines = "".join(f"{c} {word[:k + 1].count(letter)}\n" for k, c in enumerate(word))
+    times = "time" if count == 1 else "times"
+    parts = [
+        {"type": "text", "text": f"{'-'.join(word)}\n\n{lines}\nBy hand: {count}. With Python: "},
+        {"type": "python", "text": f"'{word}'.count('{letter}')"},
+        {"type": "python_output", "text": str(count)},
+        {"type": "text", "text": f"\n\nThe letter '{letter}' is in '{word}' {count} {times}."},
+    ]
+    return {"messages": [{"role": "user", "content": question},
+                         {"role": "assistant", "content": parts}],
+            "kind": "last_number", "answer": str(count), "word": word}

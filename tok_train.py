@@ -1,0 +1,91 @@
+"""
+Train the tokenizer: find the byte strings that stand most often in the text.
+
+reads   base_data/*.parquet (through data.py); waits for shards that are still being downloaded
+writes  tokenizer/vocab.tiktoken, token_bytes.npy and, when all is done, meta.json
+run     python tok_train.py --num_shards=8
+        python tok_train.py --vocab_size=4096 --num_shards=1
+"""
+import json
+import os
+import time
+
+from common import base_path, duration
+from configurator import configure
+
+vocab_size = 65536             # tokens, the 9 specials included; at most 65,536
+max_chars = 2_000_000_000      # characters of text to learn from; less when the shards end before
+doc_cap = 10_000               # characters taken of one document: no long one weighs too much
+num_shards = 0                 # learn from shards 0 ... n-1, those to come too; 0 = all here now
+config = configure(globals())
+
+# Finished already? Decided by the meta alone, before anything slow is imported.
+folder = base_path("tokenizer")
+meta_path = os.path.join(folder, "meta.json")
+KEPT = ("vocab_size", "max_chars", "doc_cap")      # a tokenizer with other values is another one
+if os.path.exists(meta_path):
+    try:
+        with open(meta_path, encoding="utf-8") as f:
+            meta = json.load(f)
+    except ValueError:
+        raise SystemExit(f"{meta_path}: damaged; remove {folder} and run this again") from None
+    other = [name for name in KEPT if meta.get(name) != config[name]]
+    if other:
+        said = ", ".join(f"{name}={meta.get(name)} (asked for: {config[name]})" for name in other)
+        raise SystemExit(f"{folder}: the tokenizer here has {said}; set NANOCHAT_BASE_DIR to "
+                         "another folder, or remove this one and the checkpoints made with it")
+    print(f"tok_train: finished already, {vocab_size:,} tokens in {folder}")
+    raise SystemExit(0)
+
+from data import VAL_SHARD, read_texts, shard_path, train_shards, wait_for_shard  # noqa: E402
+from tokenizer import train_tokenizer  # noqa: E402
+
+seen = dict(chars=0, documents=0, shards=0)
+
+
+def texts():
+    """The documents, capped, until max_chars; waits for the shard it needs and takes no other."""
+    for path in paths:
+        wait_for_shard(path)
+        seen["shards"] += 1
+        for text in read_texts(path):
+            text = text[:min(doc_cap, max_chars - seen["chars"])]
+            seen["chars"] += len(text)
+            seen["documents"] += 1
+            yield text
+            if seen["chars"] >= max_chars:
+                return
+
+
+paths = train_shards(num_shards)
+wait_for_shard(shard_path(VAL_SHARD))              # needed below; better to miss it now
+start = time.time()
+tokenizer = train_tokenizer(texts(), vocab_size)
+seconds = time.time() - start
+print(f"learned {tokenizer.vocab_size:,} tokens in {duration(seconds)} from "
+      f"{seen['chars']:,} characters, {seen['documents']:,} documents, {seen['shards']} shards")
+
+
+def bytes_per_token(path, most_bytes=10_000_000):
+    """How much text a token stands for, on the first most_bytes bytes of a shard."""
+    num_bytes = num_tokens = 0
+    for text in read_texts(path):
+        num_bytes += len(text.encode("utf-8", "replace"))
+        num_tokens += len(tokenizer.encode(text))
+        if num_bytes >= most_bytes:
+            break
+    return num_bytes / max(1, num_tokens)
+
+
+compression = bytes_per_token(shard_path(VAL_SHARD))
+print(f"validation text: {compression:.3f} bytes per token")
+
+# a look at what was found: early merges are short and common, late ones are whole words
+num_ranks = len(tokenizer.ranks)
+for first in (256, (256 + num_ranks) // 2, max(256, num_ranks - 12)):
+    some = range(first, min(first + 12, num_ranks))
+    print(f"tokens from {first}: " + " ".join(repr(tokenizer.decode([i])) for i in some))
+
+tokenizer.save(folder, dict(max_chars=max_chars, doc_cap=doc_cap, seen=seen, seconds=seconds,
+                            val_bytes_per_token=compression))
+print(f"fingerprint {tokenizer.fingerprint}, saved in {folder}")

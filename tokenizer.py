@@ -1,0 +1,307 @@
+"""
+Text to token numbers and back, and conversations to tokens with a mask of what is learned.
+
+in    the folder that tok_train.py writes: vocab.tiktoken, token_bytes.npy, meta.json
+out   Tokenizer: encode, decode, bytes per token, render_conversation
+
+Byte-level BPE: the first 256 tokens are the bytes, every later one glues two earlier tokens
+together. Our Rust crate learns the merges; tiktoken applies them. Plain data files, no pickle:
+a tokenizer from a stranger cannot run code.
+"""
+import base64
+import hashlib
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import tiktoken
+
+from common import atomic_write, base_path
+
+# They stand at the end of the vocabulary in this order. Text can never contain them: "<|bos|>"
+# typed by a user is encoded as seven ordinary characters.
+SPECIAL_TOKENS = [
+    "<|bos|>",                                      # before every document and conversation
+    "<|user_start|>", "<|user_end|>",
+    "<|assistant_start|>", "<|assistant_end|>",
+    "<|python_start|>", "<|python_end|>",           # the assistant asks the calculator
+    "<|output_start|>", "<|output_end|>",           # the calculator answers
+]
+
+# GPT-4's pattern, with runs of at most two digits instead of three: a small vocabulary has no
+# tokens to spend on a thousand numbers. Merges never cross the pieces that it cuts.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)"                        # English endings: 's 'll 've
+    r"|[^\r\n\p{L}\p{N}]?+\p{L}+"                   # a word, with the one character before it
+    r"|\p{N}{1,2}"                                  # one or two digits
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*"                  # punctuation
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"                     # white space
+)
+
+MAX_VOCAB_SIZE = 2**16                              # token files store uint16
+LONGEST_GAP = 20_000    # white space in a row; a million characters overflow tiktoken's stack
+
+
+class Tokenizer:
+    """The mergeable tokens in rank order (their number is their rank), then the specials."""
+
+    def __init__(self, ranks, pattern=SPLIT_PATTERN):
+        single = {bytes([i]) for i in range(256)}
+        assert set(ranks[:256]) == single, "the first 256 tokens must be the bytes"
+        assert len(set(ranks)) == len(ranks), "two tokens have the same bytes"
+        self.ranks, self.pattern = list(ranks), pattern
+        self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
+        self.fingerprint = fingerprint(ranks, pattern)
+        self.bos = self.special("<|bos|>")
+        # the bytes of every id, for decoding; a special decodes to its name
+        self.pieces = self.ranks + [name.encode() for name in SPECIAL_TOKENS]
+        self.core = tiktoken.Encoding(
+            "nanochat", pat_str=pattern, special_tokens=self.specials,
+            mergeable_ranks={token: rank for rank, token in enumerate(ranks)})
+
+    def special(self, name):
+        """The id of a special token, such as "<|bos|>"."""
+        return self.specials[name]
+
+    def encode(self, text):
+        """
+        The ids of ordinary text; works for every str.
+
+        A lone surrogate becomes U+FFFD. White space runs above LONGEST_GAP are cut, which
+        changes nothing but the tokens at the cut.
+        """
+        if len(text) <= LONGEST_GAP:                # nearly every text: no gap to look for
+            return self.core.encode_ordinary(text)
+        ids, start = [], 0
+        for gap in re.finditer(r"\s+", text):
+            while gap.end() - max(start, gap.start()) > LONGEST_GAP:
+                cut = max(start, gap.start()) + LONGEST_GAP
+                ids += self.core.encode_ordinary(text[start:cut])
+                start = cut
+        return ids + self.core.encode_ordinary(text[start:])
+
+    def encode_batch(self, texts):
+        """encode for many texts, on all cores: tiktoken lets go of Python's lock."""
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            return list(pool.map(self.encode, texts))
+
+    def decode_bytes(self, ids):
+        """The raw bytes of the ids; they may end inside a character."""
+        assert all(0 <= i < self.vocab_size for i in ids), "an id lies outside the vocabulary"
+        return b"".join([self.pieces[i] for i in ids])
+
+    def decode(self, ids):
+        """The text of the ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self):
+        """
+        Bytes of text behind each token: (vocab_size,) int32, 0 for the specials.
+
+        Counted on the raw bytes. Going through decode would count a byte that is half a
+        character as the three of U+FFFD, and bits per byte would come out too low.
+        """
+        counts = [len(token) for token in self.ranks] + [0] * len(SPECIAL_TOKENS)
+        return np.array(counts, dtype=np.int32)
+
+    def letter_tokens(self):
+        """The tokens that are two or more lowercase ASCII letters: pieces for spelling rows."""
+        return [token.decode() for token in self.ranks if re.fullmatch(rb"[a-z]{2,}", token)]
+
+    def render_conversation(self, conversation, max_tokens=0):
+        """
+        A conversation as tokens, and which of them the assistant has to learn.
+
+        max_tokens: cut after so many tokens; 0 = whole
+        returns (ids, mask), two lists of int of the same length; mask[i] = 1 where token i is
+            the assistant's to produce: its text, its calls of the calculator with their start
+            and end, and <|assistant_end|>. What users and the calculator say is 0.
+        raises ValueError, one line, when roles or parts are not as they must be
+        """
+        ids, mask = [self.bos], [0]
+
+        def add(tokens, learned):
+            ids.extend(tokens)
+            mask.extend([learned] * len(tokens))
+
+        for message in merge_system(conversation):
+            role = message["role"]
+            start, end = self.special(f"<|{role}_start|>"), self.special(f"<|{role}_end|>")
+            learned = int(role == "assistant")
+            add([start], 0)                         # the program writes it, also at generation
+            for kind, text in parts_of(message):
+                self.add_part(add, kind, text, learned)
+            add([end], learned)                     # the assistant learns to stop
+        cut = max_tokens if max_tokens > 0 else len(ids)
+        return ids[:cut], mask[:cut]
+
+    def add_part(self, add, kind, text, learned):
+        """One part of a message: plain text, or a call or a result between its two specials."""
+        tokens = self.encode(text)
+        if kind == "python":
+            tokens = [self.special("<|python_start|>"), *tokens, self.special("<|python_end|>")]
+        if kind == "python_output":                 # forced in at generation, so never learned
+            tokens = [self.special("<|output_start|>"), *tokens, self.special("<|output_end|>")]
+            learned = 0
+        add(tokens, learned)
+
+    def render_for_completion(self, conversation):
+        """
+        The ids up to and including <|assistant_start|>: the model goes on with its reply.
+
+        A reply that already stands at the end is left out.
+        """
+        messages = conversation["messages"]
+        if messages and messages[-1].get("role") == "assistant":
+            messages = messages[:-1]
+        if not messages or messages[-1].get("role") != "user":
+            raise ValueError("conversation: there is no user message to reply to")
+        ids, _ = self.render_conversation({"messages": messages})
+        return ids + [self.special("<|assistant_start|>")]
+
+    def save(self, folder, info):
+        """
+        Write vocab.tiktoken, token_bytes.npy and, last, meta.json with info beside our own keys.
+
+        info: dict of plain values, kept for the reader and for deciding what is finished
+        """
+        meta_path = os.path.join(folder, "meta.json")
+        if os.path.exists(meta_path):               # from here on the old one is no longer whole
+            os.remove(meta_path)
+        with atomic_write(os.path.join(folder, "vocab.tiktoken")) as f:
+            for rank, token in enumerate(self.ranks):
+                f.write(base64.b64encode(token) + b" %d\n" % rank)
+        with atomic_write(os.path.join(folder, "token_bytes.npy")) as f:
+            np.save(f, self.token_bytes(), allow_pickle=False)
+        meta = dict(info, vocab_size=self.vocab_size, fingerprint=self.fingerprint,
+                    pattern=self.pattern, special_tokens=SPECIAL_TOKENS)
+        with atomic_write(meta_path, "w") as f:
+            json.dump(meta, f, indent=1)
+
+    @classmethod
+    def load(cls, folder):
+        """The tokenizer in a folder; SystemExit with one line when it is missing or broken."""
+        meta_path = os.path.join(folder, "meta.json")
+        if not os.path.exists(meta_path):
+            raise SystemExit(f"{folder}: no tokenizer here; run: python tok_train.py")
+        try:
+            with open(meta_path, encoding="utf-8") as f:
+                meta = json.load(f)
+            with open(os.path.join(folder, "vocab.tiktoken"), "rb") as f:
+                lines = [line.split() for line in f]
+            numbers = [int(rank) for _, rank in lines]
+            assert numbers == list(range(len(lines))), "ranks are not 0, 1, 2, ..."
+            ranks = [base64.b64decode(token, validate=True) for token, _ in lines]
+            tokenizer = cls(ranks, meta["pattern"])
+            assert tokenizer.fingerprint == meta["fingerprint"], "its files do not belong together"
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+            raise SystemExit(f"{folder}: the tokenizer is broken ({error!r}); "
+                             "remove the folder and run: python tok_train.py") from None
+        return tokenizer
+
+
+def load_tokenizer():
+    """The tokenizer of this base folder."""
+    return Tokenizer.load(base_path("tokenizer"))
+
+
+def fingerprint(ranks, pattern):
+    """
+    16 hex digits that name a vocabulary: caches made with another one are never mixed up.
+
+    Lengths go in with the bytes, so that no two lists of tokens read the same.
+    """
+    digest = hashlib.sha256()
+    for piece in [pattern.encode(), *ranks, *(name.encode() for name in SPECIAL_TOKENS)]:
+        digest.update(len(piece).to_bytes(4, "little") + piece)
+    return digest.hexdigest()[:16]
+
+
+def merge_system(conversation):
+    """
+    The messages, checked, with a system message put in front of the first user message.
+
+    raises ValueError when there is no message, a role is unknown, or user and assistant do not
+    take turns, user first
+    """
+    messages = conversation["messages"]
+    if messages and messages[0].get("role") == "system":
+        if len(messages) < 2 or messages[1].get("role") != "user":
+            raise ValueError("conversation: a user message must follow the system message")
+        system, first = text_of(messages[0]), text_of(messages[1])
+        messages = [dict(messages[1], content=f"{system}\n\n{first}"), *messages[2:]]
+    if not messages:
+        raise ValueError("conversation: it has no messages")
+    for i, message in enumerate(messages):
+        wanted = ("user", "assistant")[i % 2]
+        if message.get("role") != wanted:
+            raise ValueError(f"conversation: message {i} (system not counted) must be from the "
+                             f"{wanted}, not {message.get('role')!r}")
+    return messages
+
+
+def parts_of(message):
+    """The (kind, text) pairs of a message; only the assistant may use the calculator."""
+    role, content = message["role"], message.get("content")
+    if isinstance(content, str):
+        return [("text", content)]
+    if not isinstance(content, list):
+        raise ValueError(f"conversation: the content of a {role} message is "
+                         f"{type(content).__name__}, not text or parts")
+    kinds = ("text", "python", "python_output") if role == "assistant" else ("text",)
+    for part in content:
+        part = part if isinstance(part, dict) else {}
+        if part.get("type") not in kinds or not isinstance(part.get("text"), str):
+            raise ValueError(f"conversation: a part of a {role} message needs a text "
+                             f"and a type from {', '.join(kinds)}")
+    return [(part["type"], part["text"]) for part in content]
+
+
+def text_of(message):
+    """The text parts of a message as one string."""
+    return "".join(text for kind, text in parts_of(message) if kind == "text")
+
+
+def import_rustbpe():
+    """
+    Our Rust trainer. Two other things answer to its name; both are told apart here.
+
+    The folder rustbpe/ beside the scripts imports as an empty package where the crate is not
+    installed, and the package index has another project of that name.
+    """
+    mend = "run: bash setup.sh (or: pip install ./rustbpe)"
+    try:
+        import rustbpe
+    except ImportError as error:
+        raise SystemExit(f"rustbpe: the Rust crate is not installed ({error}); {mend}") from None
+    if getattr(rustbpe, "__file__", None) is None:
+        raise SystemExit(f"rustbpe: only the source folder is there, nothing is built; {mend}")
+    if getattr(rustbpe, "__crate__", "") != "nanochat-rustbpe":
+        raise SystemExit(f"rustbpe: {rustbpe.__file__} is another package of the same name; "
+                         f"pip uninstall rustbpe, then {mend}")
+    return rustbpe
+
+
+def train_tokenizer(texts, vocab_size):
+    """
+    A Tokenizer of vocab_size tokens, specials included, learned from an iterator of str.
+
+    raises SystemExit with one line when the text is too small or the size impossible
+    """
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if not smallest <= vocab_size <= MAX_VOCAB_SIZE:
+        raise SystemExit(f"vocab_size={vocab_size}: take {smallest} (bytes and specials) "
+                         f"to {MAX_VOCAB_SIZE} (token files hold 16 bits)")
+    trainer = import_rustbpe().Tokenizer()
+    num_ranks = vocab_size - len(SPECIAL_TOKENS)
+    try:
+        trainer.train_from_iterator(texts, num_ranks, pattern=SPLIT_PATTERN)
+    except ValueError as error:                     # too little text: it says how far it goes
+        raise SystemExit(f"vocab_size={vocab_size} ({len(SPECIAL_TOKENS)} special, {num_ranks} to "
+                         f"learn): {error}") from None
+    pairs = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    assert len(pairs) == num_ranks, "rustbpe learned another number of tokens"
+    return Tokenizer([bytes(token) for token, _ in pairs])
