@@ -108,3 +108,16 @@ def row_bytes(n_layer, n_embd, n_head, n_kv_head, vocab_size, sequence_len, comp
     """
     kept = n_layer + 14 if gradient_checkpointing else 14 * n_layer
     return sequence_len * n_embd * kept * compute_bytes
+
+
+def eval_rows(sequence_len, tokens_per_step, total_steps, eval_every, eval_tokens, final_eval_tokens):
+    """
+    Rows that evaluations of bits per byte score -> (during the run, at its end).
+
+    During the run eval_tokens, or 2 % of the tokens trained between two evaluations; at the end
+    final_eval_tokens. Never more than a tenth of what was trained, so that a short try is short.
+    """
+    between = tokens_per_step * (eval_every or total_steps)
+    during = min(eval_tokens or between // 50, between // 10)
+    final = min(final_eval_tokens, tokens_per_step * total_steps // 10)
+    return max(1, during // sequence_len), max(1, final // sequence_len)

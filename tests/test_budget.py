@@ -1,7 +1,7 @@
 """Batch arithmetic and what a run costs."""
 import pytest
 
-from budget import micro_batches, model_shape, peak_flops, row_bytes, rows_per_step, state_bytes
+from budget import eval_rows, micro_batches, model_shape, peak_flops, row_bytes, rows_per_step, state_bytes
 
 D12 = dict(sequence_len=1024, vocab_size=65536, **model_shape(12))
 
@@ -46,3 +46,9 @@ def test_devices_are_found_by_a_part_of_their_name():
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA A10G") == 70e12 and peak_flops("NVIDIA A10") == 125e12
     assert peak_flops("Some New Card") == 0.0
+
+
+def test_evaluation_costs_at_most_two_percent_while_training_and_a_tenth_in_all():
+    assert eval_rows(1024, 524288, 500, 250, 0, 10485760) == (2560, 10240)
+    assert eval_rows(128, 1024, 5, 250, 0, 10485760) == (40, 4)
+    assert eval_rows(256, 2048, 1200, 0, 0, 10 ** 6)[1] == 245760 // 256

@@ -1,0 +1,157 @@
+"""
+Pretrain the base model: predict the next token of plain text.
+
+reads   base_data/*.parquet (through data.py), tokenizer/
+writes  base_checkpoints/<model_tag>/{model,optim,meta}_NNNNNN.*, log.jsonl
+run     python base_train.py --depth=12
+        python base_train.py config/tiny_base.py --resume=1
+        torchrun --standalone --nproc_per_node=2 base_train.py --depth=12
+"""
+import os
+import time
+
+import torch
+
+import runtime
+from background import start_background
+from budget import eval_rows, flops_per_token, micro_batches, model_shape, num_params, rows_per_step
+from checkpoint import FOLDERS, continue_from, is_finished, load_optimizers, load_weights, save_checkpoint
+from common import RANK, WORLD_SIZE, Log, Progress, base_path, due, duration, lr_multiplier, print0
+from configurator import configure
+from data import VAL_SHARD, TokenStream, make_token_files, shard_path, token_path, train_shards
+from engine import Engine, printable, text_of
+from metrics import evaluate_bpb, to_device
+from model import GPT, GPTConfig
+from muon import build_optimizers, set_schedule
+from tokenizer import load_tokenizer
+
+# model
+depth = 12                     # layers; the one dial of model size: width is 64 x depth
+head_dim = 0                   # dimensions of an attention head; 0 = 128, or 64 at odd depths
+max_seq_len = 1024             # T, tokens in a row, and the context of the model
+model_tag = ""                 # folder of the checkpoints; "" = d<depth>
+# length of the run
+num_iterations = 0             # optimizer steps; 0 = from target_param_data_ratio
+target_param_data_ratio = 20.0  # training tokens per parameter when num_iterations is 0
+num_shards = 0                 # train on shards 0 ... n-1, waiting for those not there yet; 0 = all there are now
+# batch
+total_batch_size = 524288      # tokens per optimizer step, rounded to a multiple of 8 rows
+device_batch_size = 0          # B, rows per micro-batch; 0 = the largest that fits; never changes the training
+gradient_checkpointing = False  # True = activations are made again in the backward pass: less memory, slower
+# optimizer
+matrix_lr = 0.02               # Muon, the matrices
+embedding_lr = 0.2             # AdamW, the token table; scaled by (n_embd / 768)^-0.5
+unembedding_lr = 0.004         # AdamW, the output head; scaled likewise
+grad_clip = 1.0                # largest norm of the whole gradient; 0 = no clipping
+warmup_ratio = 0.0             # share of the run with rising learning rates
+warmdown_ratio = 0.2           # share of the run with falling learning rates
+final_lr_frac = 0.0            # where they fall to, as a share of the full rate
+# evaluation and checkpoints
+eval_every = 250               # steps between evaluations of bits per byte; 0 = only at the end
+eval_tokens = 0                # tokens of such an evaluation; 0 = 2 % of those trained between two
+final_eval_tokens = 10485760   # tokens of the one at the end (20 x 524,288)
+sample_every = 2000            # steps between samples of text; 0 = only at the end
+save_every = 0                 # steps between checkpoints; 0 = only at the end
+resume = 0                     # 1 = continue from the newest checkpoint, if there is one
+seed = 42                      # of the first weights; nothing else in the run is random
+# machine
+run = ""                       # name of the run in wandb; "" = log.jsonl alone
+device = ""                    # cuda, mps or cpu; "" = the best there is
+dtype = ""                     # float32 or bfloat16; "" = bfloat16 from the A100 on, timed on a CPU
+compile_model = True           # torch.compile on a GPU; on a CPU it would take longer than it saves
+config = configure(globals())  # python base_train.py config/x.py --num_iterations=50
+
+PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be",
+           "The opposite of hot is", "The planets of the solar system are:", "My favorite color is",
+           "If 5*x + 3 = 13, then x is"]
+
+# a finished stage returns, an unfinished one continues
+machine = runtime.start(device, dtype)
+tokenizer = load_tokenizer()
+checkpoint_dir = base_path(FOLDERS["base"], model_tag or f"d{depth}")
+meta = continue_from(checkpoint_dir, config, resume)
+if is_finished(meta):
+    print0(f"base_train: finished already, {meta['step']} steps in {checkpoint_dir}, val bpb {meta['val_bpb']:.4f}")
+    raise SystemExit(0)
+start_step = meta["step"] if meta else 0
+
+# the model and the batch: all sizes follow from depth; a step has rows, so many at a time fit into memory
+model_config = GPTConfig(sequence_len=max_seq_len, vocab_size=tokenizer.vocab_size, **model_shape(depth, head_dim))
+params, flops = num_params(**vars(model_config)), flops_per_token(**vars(model_config))
+rows = rows_per_step(total_batch_size, max_seq_len)
+runtime.choose_numerics(machine, dtype, meta and meta["machine"], checkpoint_dir, model_config, rows)
+B, rank_rows, grad_accum_steps = micro_batches(rows, WORLD_SIZE, device_batch_size, machine.free_memory(),
+                                               vars(model_config), machine.dtype.itemsize, gradient_checkpointing)
+tokens_per_step = rows * max_seq_len
+total_steps = num_iterations or round(target_param_data_ratio * params["total"] / tokens_per_step)
+assert total_steps > 0, "num_iterations and target_param_data_ratio leave no step to train"
+print0(f"d{depth}: {params['total']:,} parameters, {total_steps:,} steps of {rows} rows = {tokens_per_step:,} tokens "
+       f"({grad_accum_steps} x {WORLD_SIZE} micro-batches of {B}), {total_steps * tokens_per_step:,} in all")
+print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads")
+
+# the data: the list of shards is fixed at step 0, so that a resumed run reads the same stream
+shards = meta["shards"] if meta else [os.path.basename(path) for path in train_shards(num_shards)]
+train_paths, val_path = [base_path("base_data", name) for name in shards], shard_path(VAL_SHARD)
+background = start_background(make_token_files, [val_path, *train_paths], tokenizer)
+train_stream = TokenStream([token_path(path, tokenizer) for path in train_paths], background)
+val_stream = TokenStream([token_path(val_path, tokenizer)], background)
+token_bytes = torch.from_numpy(tokenizer.token_bytes()).long().to(machine.device)
+few_rows, many_rows = eval_rows(max_seq_len, tokens_per_step, total_steps, eval_every, eval_tokens, final_eval_tokens)
+
+# weights, optimizers, and where a run that stopped had got to
+torch.manual_seed(seed)                                         # the same first weights on every rank
+model = GPT(model_config, machine.dtype, gradient_checkpointing)
+if meta:
+    load_weights(checkpoint_dir, model, meta)
+model.to(machine.device)
+optimizers = build_optimizers(model, matrix_lr, embedding_lr, unembedding_lr)
+if meta:
+    load_optimizers(checkpoint_dir, optimizers, meta)
+forward = torch.compile(model, dynamic=False) if compile_model and machine.device.type == "cuda" else model
+val_bpb = meta["val_bpb"] if meta else None
+log = Log(checkpoint_dir, start_step, run, config)
+progress = Progress(log, start_step, total_steps, flops, machine.peak_flops, meta and meta["progress"])
+
+for step in range(start_step, total_steps + 1):
+    last = step == total_steps
+
+    # once in a while: bits per byte, then save; what may fail or run out of memory comes after
+    if due(step, eval_every, last):
+        with runtime.memory_advice(B):
+            val_bpb = evaluate_bpb(forward, val_stream, token_bytes, many_rows if last else few_rows,
+                                   B, max_seq_len, machine.device)
+        print0(f"step {step:5d}/{total_steps} | val bpb {val_bpb:.4f}")
+        log.write(step, val_bpb=val_bpb)
+    if step > start_step and due(step, save_every, last):
+        save_checkpoint(checkpoint_dir, step, model, optimizers, dict(
+            stage="base", num_iterations=total_steps, val_bpb=val_bpb, progress=progress.state(),
+            shards=shards, config=config,
+            tokenizer=tokenizer.fingerprint, params=params, flops_per_token=flops, rows=rows,
+            device_batch_size=B, machine=machine.describe(), peak_memory=machine.peak_memory()))
+    if RANK == 0 and due(step, sample_every, last):
+        ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+        for prompt, reply in zip(PROMPTS, Engine(model, tokenizer).generate_batch(ids, max_tokens=16)):
+            print0(f"  {prompt} |{printable(text_of(tokenizer, reply))!r}")
+    if last:
+        break
+
+    # one optimizer step: the loss summed over all targets of the step, divided by their number
+    machine.synchronize()
+    clock = time.perf_counter()
+    x, y = train_stream.batch_at(step * rows + RANK * rank_rows, rank_rows, max_seq_len)
+    multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
+    set_schedule(optimizers, multiplier, step)
+    train_loss = torch.zeros((), device=machine.device)
+    with runtime.memory_advice(B):
+        for first in range(0, rank_rows, B):
+            micro = slice(first, first + B)
+            loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device)) / tokens_per_step
+            loss.backward()
+            train_loss += loss.detach()
+    train_loss, grad_norm = runtime.update_weights(model, optimizers, step, train_loss, grad_clip)
+    machine.synchronize()
+    progress.update(step, train_loss, grad_norm, multiplier, tokens_per_step, time.perf_counter() - clock)
+
+print0(f"base_train: {total_steps} steps in {duration(progress.seconds)}, val bpb {val_bpb:.4f}, "
+       f"peak memory {machine.peak_memory() / 1e9:.1f} GB")
+runtime.finish()

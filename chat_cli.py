@@ -1,0 +1,175 @@
+"""
+Talk to a model in the terminal, from any stage.
+
+reads   <stage>_checkpoints/<model_tag>/, tokenizer/
+writes  nothing; the answer goes to stdout, remarks in (parentheses) to stderr
+run     python chat_cli.py -p "Why is the sky blue?"      one answer
+        python chat_cli.py -i base                        a conversation, until quit or Ctrl-D
+
+A base model knows no questions and answers: it goes on with the text it is given.
+"""
+import contextlib
+import math
+import os
+import random
+import sys
+
+from checkpoint import FOLDERS, load_model, steps_in
+from common import base_path
+from configurator import configure
+from engine import Engine, TextStream, printable
+from runtime import start
+
+prompt = ""                    # -p: ask this, print the answer and end; "" = a conversation
+source = "sft"                 # -i: whose model: base, mid, sft, rl; "" = the furthest there is
+model_tag = ""                 # which of the stage's models, like d12; "" = the only one
+step = 0                       # training step of the checkpoint; 0 = the newest
+device = ""                    # cuda, mps or cpu; "" = the best there is
+dtype = ""                     # float32 or bfloat16; "" = the best for the device
+temperature = 0.6              # 0 = always the likeliest token, 1 = as trained, more = wilder
+top_k = 50                     # draw among so many of the likeliest tokens; 0 = among all
+max_tokens = 256               # longest answer, in tokens
+seed = 42                      # the same seed gives the same answers; 0 = others every time
+config = configure(globals(), show=False)  # the screen belongs to the conversation
+
+QUIT, CLEAR = ("quit", "exit"), "clear"
+
+
+def note(text):
+    """A remark of the program's own, kept apart from the model's words."""
+    print(f"({text})", file=sys.stderr, flush=True)
+
+
+def check_knobs():
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise SystemExit(f"temperature={temperature}: must be 0 or more")
+    if top_k < 0:
+        raise SystemExit(f"top_k={top_k}: must be 0 (all tokens) or more")
+    if max_tokens < 1:
+        raise SystemExit(f"max_tokens={max_tokens}: must be 1 or more")
+
+
+def furthest_stage():
+    """The last stage, in the order base mid sft rl, that has a checkpoint."""
+    for stage in reversed(FOLDERS):
+        parent = base_path(FOLDERS[stage])
+        for tag in os.listdir(parent) if os.path.isdir(parent) else []:
+            if model_tag in ("", tag) and steps_in(os.path.join(parent, tag)):
+                return stage
+    raise SystemExit(f"{base_path()}: no checkpoint of any stage here; run: bash run_realistic.sh")
+
+
+def turn_of(text):
+    """The tokens of one thing said to the model, up to where its answer starts."""
+    if stage == "base":
+        return tokenizer.encode(text)
+    conversation = {"messages": [{"role": "user", "content": text}]}
+    return tokenizer.render_for_completion(conversation)[1:]       # <|bos|> comes once, in fit
+
+
+def fit(turns, turn):
+    """
+    The prompt: <|bos|>, the earlier turns and this one. raises ValueError when it is too long
+
+    The oldest turns are taken out of `turns`, whole, until a quarter of the context (or
+    max_tokens, if that is less) is left for the answer. Half a turn would confuse the model.
+    """
+    if len(turn) + 1 >= context:
+        raise ValueError(f"that is {len(turn)} tokens long and the context of this model holds "
+                         f"{context}; say it shorter")
+    room = context - min(max_tokens, context // 4) - 1 - len(turn)
+    dropped = 0
+    while turns and sum(map(len, turns)) > room:
+        turns.pop(0)
+        dropped += 1
+    if dropped:
+        note(f"the context of {context} tokens is full: the oldest {dropped} of our turns left out")
+    return [tokenizer.bos, *(token for old in turns for token in old), *turn]
+
+
+def answer(ids, answer_seed, opening=""):
+    """Print the reply as it is written, after `opening` -> (its tokens, did Ctrl-C stop it)."""
+    stream, reply, stopped = TextStream(tokenizer), [], False
+    print(printable(opening), end="", flush=True)
+    try:
+        for (token,), _ in engine.generate(ids, 1, max_tokens, temperature, top_k, answer_seed):
+            reply.append(token)
+            print(printable(stream.feed(token)), end="", flush=True)
+    except KeyboardInterrupt:
+        stopped = True
+    print(printable(stream.finish()), flush=True)
+    if stopped:
+        note("stopped")
+    elif reply[-1] not in engine.ends:
+        full = len(reply) < max_tokens
+        note(f"cut short: the context of {context} tokens is full" if full
+             else f"cut short by max_tokens={max_tokens}")
+    return reply, stopped
+
+
+def reply_to(text, turns, answer_seed):
+    """
+    Answer one thing said and add both to turns, a list of tokens per turn -> did Ctrl-C stop it.
+
+    raises ValueError, one line, when the text does not fit the context
+    """
+    turn = turn_of(text)
+    opening = text if stage == "base" else ""          # so that text and continuation are one
+    reply, stopped = answer(fit(turns, turn), answer_seed, opening)
+    if stage != "base":
+        said = [token for token in reply if token not in engine.ends]
+        turns.append([*turn, *said, tokenizer.special("<|assistant_end|>")])
+    return stopped
+
+
+def converse():
+    """Read, answer, remember, until the end of the input."""
+    turns, asked = [], 0
+    while True:
+        try:
+            text = input("> " if terminal else "").strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:                      # at the prompt it only empties the line
+            if not terminal:
+                raise SystemExit(130) from None
+            note("quit, exit or Ctrl-D ends")
+            continue
+        if text.lower() in QUIT:
+            break
+        if text.lower() == CLEAR:
+            turns = []
+            note("a new conversation")
+        elif text:
+            try:
+                reply_to(text, turns, first_seed + asked)
+            except ValueError as error:
+                note(error)
+            asked += 1                                 # asked again, a question is drawn anew
+
+
+check_knobs()
+for stream in (sys.stdin, sys.stdout):                 # bytes or letters that do not fit: no crash
+    with contextlib.suppress(AttributeError):
+        stream.reconfigure(errors="replace")
+machine = start(device, dtype)
+stage = source or furthest_stage()
+model, tokenizer, meta, folder = load_model(stage, machine, model_tag, step)
+engine, context = Engine(model, tokenizer), model.config.sequence_len
+terminal = sys.stdin.isatty()
+first_seed = seed or random.SystemRandom().getrandbits(32)
+millions = sum(p.numel() for p in model.parameters()) / 1e6
+note(f"{stage} model {folder}, step {meta['step']}: {millions:.1f}M parameters, "
+     f"context {context} tokens, on {machine.name}")
+
+if prompt:
+    try:
+        stopped = reply_to(prompt.strip(), [], first_seed)
+    except ValueError as error:
+        raise SystemExit(f"prompt: {error}") from None
+    raise SystemExit(130 if stopped else 0)            # 130: what a shell expects after Ctrl-C
+if terminal:
+    with contextlib.suppress(ImportError):             # arrow keys and history, where there is one
+        import readline  # noqa: F401
+    note("quit, exit or Ctrl-D ends, clear starts over, Ctrl-C stops an answer")
+converse()

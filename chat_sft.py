@@ -1,0 +1,170 @@
+"""
+Supervised fine-tuning: the model learns to answer, from a small mixture of good answers.
+
+One conversation per row, filled up to the longest of its micro-batch; only what the assistant
+says is scored.
+
+reads   mid_checkpoints/<model_tag>/, tokenizer/, task_data/ (through tasks.py)
+writes  chatsft_checkpoints/<model_tag>/{model,optim,meta}_NNNNNN.*, log.jsonl
+run     python chat_sft.py
+        python chat_sft.py config/tiny_sft.py --resume=1
+"""
+import os
+import time
+
+import torch
+
+import runtime
+from budget import flops_per_token, micro_batches
+from chat_data import padded_batch
+from checkpoint import (FOLDERS, continue_from, find_folder, is_finished, load_model, load_optimizers, load_weights,
+                        read_meta, save_checkpoint, source_of)
+from common import RANK, WORLD_SIZE, Log, Progress, base_path, due, duration, lr_multiplier, print0
+from configurator import configure
+from engine import Engine
+from metrics import evaluate_answers, evaluate_letters, evaluate_loss, to_device
+from muon import build_optimizers, set_schedule
+from tasks import (arc, check, docstrings, gsm8k, identity, identity_file, mixture, mmlu, simple_spelling, smoltalk,
+                   spelling_bee)
+
+# where from
+source = "mid"                 # the stage whose model is tuned: mid or base (-i)
+model_tag = ""                 # which model of that stage; "" = the only one there is
+# the mixture
+embedded = False               # True = only tasks that need no download
+identity_rows = 1000           # conversations about who the model is, where they are made here
+spelling_rows = 300            # SimpleSpelling: spell a word
+spelling_bee_rows = 300        # SpellingBee: count a letter in a word
+# length of the run
+num_iterations = 0             # optimizer steps; 0 = one epoch of the mixture
+# batch
+target_examples_per_step = 32  # conversations per optimizer step
+device_batch_size = 4          # B, conversations per micro-batch; 0 = the most that fit; never changes the training
+gradient_checkpointing = False  # True = less memory, slower
+# optimizer
+matrix_lr = 0.02               # Muon, the matrices
+embedding_lr = 0.2             # AdamW, the token table
+unembedding_lr = 0.004         # AdamW, the output head
+init_lr_frac = 0.02            # the share of these rates that is used
+grad_clip = 1.0                # largest norm of the whole gradient; 0 = no clipping
+warmup_ratio = 0.0             # share of the run with rising learning rates
+warmdown_ratio = 1.0           # share of the run with falling learning rates: all of it
+final_lr_frac = 0.0            # where they fall to, as a share of the full rate
+# evaluation and checkpoints
+eval_every = 100               # steps between evaluations of the loss on held-out answers; 0 = only at the end
+eval_examples = 400            # conversations of such an evaluation
+eval_metrics_every = 200       # steps between tests on the tasks themselves; 0 = only at the end
+eval_metrics_max_problems = 200  # problems per task in such a test
+save_every = 0                 # steps between checkpoints; 0 = only at the end
+resume = 0                     # 1 = continue from the newest checkpoint, if there is one
+# machine
+run = ""                       # name of the run in wandb; "" = log.jsonl alone
+device = ""                    # cuda, mps or cpu; "" = the best there is
+dtype = ""                     # float32 or bfloat16; "" = as in the stage before
+config = configure(globals())
+
+# a finished stage returns, an unfinished one continues
+machine = runtime.start(device, dtype)
+source_folder = find_folder(source, model_tag)
+source_meta = read_meta(source_folder)
+parent = source_of(source, source_meta)
+checkpoint_dir = base_path(FOLDERS["sft"], os.path.basename(source_folder))
+meta = continue_from(checkpoint_dir, config, resume, parent)
+if is_finished(meta):
+    print0(f"chat_sft: finished already, {meta['step']} steps in {checkpoint_dir}, val loss {meta['val_loss']:.4f}")
+    raise SystemExit(0)
+start_step = meta["step"] if meta else 0
+runtime.use_numerics(machine, dtype, (meta or source_meta)["machine"])
+
+# weights: the stage before's, or those where this stage had got to
+model, tokenizer, source_meta, _ = load_model(source, machine, os.path.basename(source_folder), source_meta["step"],
+                                              gradient_checkpointing)
+optimizers = build_optimizers(model, matrix_lr * init_lr_frac, embedding_lr * init_lr_frac, unembedding_lr * init_lr_frac)
+if meta:
+    load_weights(checkpoint_dir, model, meta)
+    load_optimizers(checkpoint_dir, optimizers, meta)
+
+# the mixture; who the model is was settled in mid-training
+mid = source_meta["config"]
+own_name = mid.get("assistant_name", "")
+about = dict(name=own_name or "nanochat", maker=mid.get("assistant_maker", ""), facts=mid.get("assistant_facts", ""))
+who = identity(**about, size=identity_rows) if embedded or own_name else identity_file()
+if embedded:
+    train_tasks = [who, docstrings("train", 300), spelling_bee(spelling_bee_rows, "train", varied=False),
+                   simple_spelling(spelling_rows, "train", pseudo=0.33, pieces=tokenizer.letter_tokens())]
+    val_tasks = [identity(**about, split="test"), docstrings("test", 100), simple_spelling(100, "test")]
+    tests = {"says its name": identity(**about, split="test"), "spells a word": simple_spelling(50, "test"),
+             "counts a letter": spelling_bee(50, "test", varied=False)}
+else:
+    train_tasks = [arc("Easy", "train"), arc("Challenge", "train"), gsm8k("train"), smoltalk("train", 10000), who,
+                   simple_spelling(spelling_rows, "train"), spelling_bee(spelling_bee_rows, "train")]
+    val_tasks = [smoltalk("test")]
+    tests = {"MMLU": mmlu("test"), "ARC-Easy": arc("Easy", "test"), "spells a word": simple_spelling(50, "test")}
+train_data, val_data = mixture(train_tasks), mixture(val_tasks)
+
+# the batch
+max_seq_len, flops = model.config.sequence_len, flops_per_token(**vars(model.config))
+rows = target_examples_per_step
+B, rank_rows, grad_accum_steps = micro_batches(rows, WORLD_SIZE, device_batch_size, machine.free_memory(),
+                                               vars(model.config), machine.dtype.itemsize, gradient_checkpointing)
+total_steps = meta["num_iterations"] if meta else num_iterations or max(1, len(train_data) // rows)
+print0(f"{len(train_data):,} conversations, {total_steps:,} steps of {rows} "
+       f"({grad_accum_steps} x {WORLD_SIZE} micro-batches of {B}), {total_steps * rows / len(train_data):.2f} epochs")
+print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads")
+
+val_loss = meta["val_loss"] if meta else None
+log = Log(checkpoint_dir, start_step, run, config)
+progress = Progress(log, start_step, total_steps, flops, machine.peak_flops, meta and meta["progress"])
+
+for step in range(start_step, total_steps + 1):
+    last = step == total_steps
+
+    # once in a while: the loss on held-out answers, then save; what may fail comes after
+    if due(step, eval_every, last):
+        numbers = range(RANK * B, min(eval_examples, len(val_data)), WORLD_SIZE * B)
+        with runtime.memory_advice(B):
+            val_loss = evaluate_loss(model, (padded_batch(val_data, range(i, i + B), tokenizer, max_seq_len)
+                                             for i in numbers), machine.device)
+        print0(f"step {step:5d}/{total_steps} | val loss {val_loss:.4f}")
+        log.write(step, val_loss=val_loss)
+    if step > start_step and due(step, save_every, last):
+        save_checkpoint(checkpoint_dir, step, model, optimizers, dict(
+            stage="sft", num_iterations=total_steps, val_loss=val_loss, progress=progress.state(), config=config,
+            source=parent, tokenizer=tokenizer.fingerprint, flops_per_token=flops, rows=rows,
+            conversations=len(train_data), device_batch_size=B, machine=machine.describe(),
+            peak_memory=machine.peak_memory()))
+    if due(step, eval_metrics_every, last):
+        for name, task in tests.items():
+            if "letters" in task[0]:
+                right, total = evaluate_letters(model, tokenizer, task, eval_metrics_max_problems, B)
+            else:
+                engine = Engine(model, tokenizer)
+                right, total = evaluate_answers(engine, task, check, eval_metrics_max_problems, 128, 16)
+            print0(f"step {step:5d}/{total_steps} | {name}: {right} of {total}")
+            log.write(step, test=name, right=right, total=total)
+    if last:
+        break
+
+    # one optimizer step: the loss summed over all scored tokens of the step, divided by their number
+    machine.synchronize()
+    clock = time.perf_counter()
+    first_row = step * rows + RANK * rank_rows
+    batches = [padded_batch(train_data, range(first_row + i, first_row + i + B), tokenizer, max_seq_len)
+               for i in range(0, rank_rows, B)]
+    num_tokens, num_targets = runtime.sum_over_ranks([sum(x.size for x, y in batches),
+                                                      sum((y >= 0).sum() for x, y in batches)], machine.device)
+    multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
+    set_schedule(optimizers, multiplier, step)
+    train_loss = torch.zeros((), device=machine.device)
+    with runtime.memory_advice(B):
+        for x, y in batches:
+            loss = model(to_device(x, machine.device), to_device(y, machine.device)) / max(1, num_targets)
+            loss.backward()
+            train_loss += loss.detach()
+    train_loss, grad_norm = runtime.update_weights(model, optimizers, step, train_loss, grad_clip)
+    machine.synchronize()
+    progress.update(step, train_loss, grad_norm, multiplier, num_tokens, time.perf_counter() - clock)
+
+print0(f"chat_sft: {total_steps} steps in {duration(progress.seconds)}, val loss {val_loss:.4f}, "
+       f"peak memory {machine.peak_memory() / 1e9:.1f} GB")
+runtime.finish()

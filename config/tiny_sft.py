@@ -1,0 +1,8 @@
+# CONFIG=tiny, fine-tuning.
+embedded = True
+num_iterations = 150
+spelling_rows = 3000
+spelling_bee_rows = 300
+identity_rows = 500
+device_batch_size = 32         # the conversations are short
+eval_metrics_every = 0         # once, at the end

@@ -1,0 +1,103 @@
+"""
+How good a model is: bits per byte of text, loss on answers, and right answers to questions.
+
+Everything is passed in; nothing here opens a file. With several ranks each takes its share of
+the rows and the sums are added up.
+"""
+import math
+
+import torch
+
+from common import RANK, WORLD_SIZE
+from runtime import sum_over_ranks
+
+
+def to_device(array, device):
+    """numpy (B, T) int64 -> tensor on the device, copied while the GPU works."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@torch.no_grad()
+def evaluate_bpb(model, stream, token_bytes, num_rows, B, T, device):
+    """
+    Bits per byte: how many bits the model needs for a byte of text it has not seen.
+
+    Unlike the loss per token it does not depend on the tokenizer. Special tokens stand for no
+    byte and are left out on both sides of the fraction.
+
+    stream       data.TokenStream; its rows 0 ... num_rows - 1 are scored, at most one epoch
+    token_bytes  (V,) int64 tensor on the device: bytes each token stands for
+    """
+    num_rows = max(1, min(num_rows, (stream.num_tokens - 1) // T))
+    nats, num_bytes = 0.0, 0
+    for first in range(RANK * B, num_rows, WORLD_SIZE * B):
+        x, y = (to_device(a, device) for a in stream.batch_at(first, min(B, num_rows - first), T))
+        losses = model(x, y, reduction="none")
+        size = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)
+        nats += losses[size > 0].sum().item()
+        num_bytes += size.sum().item()
+    nats, num_bytes = sum_over_ranks([nats, num_bytes], device)
+    assert num_bytes > 0, "bits per byte need at least one scored token that stands for a byte"
+    return nats / math.log(2) / num_bytes
+
+
+@torch.no_grad()
+def evaluate_loss(model, batches, device):
+    """Mean loss in nats over the scored tokens of (x, y) numpy batches; each rank passes its own."""
+    nats, num_targets = 0.0, 0
+    for x, y in batches:
+        nats += model(to_device(x, device), to_device(y, device), reduction="none").sum().item()
+        num_targets += int((y >= 0).sum())
+    nats, num_targets = sum_over_ranks([nats, num_targets], device)
+    return nats / max(1, num_targets)
+
+
+def evaluate_answers(engine, task, check, max_problems, max_tokens, batch_size):
+    """
+    Let the model answer the problems of a task greedily -> (right ones, problems).
+
+    check: (conversation, answer text) -> bool, tasks.check
+    """
+    tokenizer = engine.tokenizer
+    problems = [task[i] for i in range(RANK, min(max_problems or len(task), len(task)), WORLD_SIZE)]
+    prompts = [tokenizer.render_for_completion(problem) for problem in problems]
+    replies = engine.generate_batch(prompts, max_tokens, temperature=0, batch_size=batch_size) if prompts else []
+    right = sum(check(problem, tokenizer.decode(plain(tokenizer, reply))) for problem, reply in zip(problems, replies))
+    return tuple(int(n) for n in sum_over_ranks([right, len(problems)], engine.model.device))
+
+
+def plain(tokenizer, ids):
+    """A reply without its special tokens, the calculator's calls and results as plain text."""
+    specials = set(tokenizer.specials.values())
+    return [i for i in ids if i not in specials]
+
+
+@torch.no_grad()
+def evaluate_letters(model, tokenizer, task, max_problems, batch_size):
+    """
+    Multiple choice: the letter with the highest logit after the question -> (right ones, problems).
+
+    Rows of a batch are filled up at the right, where a causal model does not see it.
+    """
+    right = total = 0
+    numbers = range(RANK, min(max_problems or len(task), len(task)), WORLD_SIZE)
+    for first in range(0, len(numbers), batch_size):
+        problems = [task[i] for i in numbers[first:first + batch_size]]
+        prompts = [tokenizer.render_for_completion(problem)[-model.config.sequence_len:] for problem in problems]
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        idx = torch.full((len(prompts), int(lengths.max())), tokenizer.bos)
+        for b, prompt in enumerate(prompts):
+            idx[b, :len(prompt)] = torch.tensor(prompt)
+        logits = model(idx.to(model.device), positions=(lengths - 1).to(model.device))     # (B, V)
+        for problem, row in zip(problems, logits):
+            ids = [one_token(tokenizer, letter) for letter in problem["letters"]]
+            right += problem["letters"][row[ids].argmax().item()] == problem["answer"]
+            total += 1
+    return tuple(int(n) for n in sum_over_ranks([right, total], model.device))
+
+
+def one_token(tokenizer, letter):
+    ids = tokenizer.encode(letter)
+    assert len(ids) == 1, f"the choice {letter!r} is {len(ids)} tokens and cannot be compared by one logit"
+    return ids[0]

@@ -1,0 +1,168 @@
+"""
+Midtrain the base model: the chat format, tool use and many small tasks, at full learning rate.
+
+The loop is base_train's; what differs is the data, a mixture of conversations in which only what
+the assistant says is scored, and that the weights come from the base model.
+
+reads   base_checkpoints/<model_tag>/, tokenizer/, task_data/ (through tasks.py)
+writes  mid_checkpoints/<model_tag>/{model,optim,meta}_NNNNNN.*, log.jsonl
+run     python mid_train.py
+        python mid_train.py config/tiny_mid.py --resume=1
+"""
+import os
+import time
+
+import torch
+
+import runtime
+from background import start_background
+from budget import eval_rows, flops_per_token, micro_batches, rows_per_step
+from chat_data import conversation_files, epoch_tokens, make_conversation_files, remove_files
+from checkpoint import (FOLDERS, continue_from, find_folder, is_finished, load_model, load_optimizers, load_weights,
+                        read_meta, save_checkpoint, source_of)
+from common import RANK, WORLD_SIZE, Log, Progress, base_path, due, duration, lr_multiplier, print0
+from configurator import configure
+from data import TokenStream
+from metrics import evaluate_bpb, to_device
+from muon import build_optimizers, set_schedule
+from tasks import docstrings, gsm8k, identity, identity_file, mixture, mmlu, simple_spelling, smoltalk, spelling_bee
+
+# where from
+model_tag = ""                 # which base model; "" = the only one there is
+# the mixture
+embedded = False               # True = only tasks that need no download
+assistant_name = ""            # what the model is called; "" = nanochat's own identity, which is downloaded
+assistant_maker = "the people who ran this training"  # who made it
+assistant_facts = ""           # what it says about itself, sentences divided by ;
+identity_rows = 1000           # conversations about that, where they are made here
+spelling_rows = 200000         # SimpleSpelling: spell a word
+spelling_bee_rows = 80000      # SpellingBee: count a letter in a word
+# length of the run
+num_iterations = 0             # optimizer steps; 0 = one epoch of the mixture
+# batch
+total_batch_size = 0           # tokens per optimizer step; 0 = as in pretraining
+device_batch_size = 0          # B, rows per micro-batch; 0 = as in pretraining; never changes the training
+gradient_checkpointing = False  # True = less memory, slower
+# optimizer
+matrix_lr = 0.02               # Muon, the matrices
+embedding_lr = 0.2             # AdamW, the token table
+unembedding_lr = 0.004         # AdamW, the output head
+init_lr_frac = 1.0             # the share of these rates that is used
+grad_clip = 1.0                # largest norm of the whole gradient; 0 = no clipping
+warmup_ratio = 0.0             # share of the run with rising learning rates
+warmdown_ratio = 0.2           # share of the run with falling learning rates
+final_lr_frac = 0.0            # where they fall to, as a share of the full rate
+# evaluation and checkpoints
+eval_every = 150               # steps between evaluations of bits per byte; 0 = only at the end
+eval_tokens = 0                # tokens of such an evaluation; 0 = 2 % of those trained between two
+final_eval_tokens = 10485760   # tokens of the one at the end (20 x 524,288)
+save_every = 0                 # steps between checkpoints; 0 = only at the end
+resume = 0                     # 1 = continue from the newest checkpoint, if there is one
+# machine
+run = ""                       # name of the run in wandb; "" = log.jsonl alone
+device = ""                    # cuda, mps or cpu; "" = the best there is
+dtype = ""                     # float32 or bfloat16; "" = as in pretraining
+compile_model = True           # torch.compile on a GPU
+config = configure(globals())
+
+# a finished stage returns, an unfinished one continues
+machine = runtime.start(device, dtype)
+base_folder = find_folder("base", model_tag)
+base_meta = read_meta(base_folder)
+source = source_of("base", base_meta)
+checkpoint_dir = base_path(FOLDERS["mid"], os.path.basename(base_folder))
+meta = continue_from(checkpoint_dir, config, resume, source)
+if is_finished(meta):
+    print0(f"mid_train: finished already, {meta['step']} steps in {checkpoint_dir}, val bpb {meta['val_bpb']:.4f}")
+    raise SystemExit(0)
+start_step = meta["step"] if meta else 0
+runtime.use_numerics(machine, dtype, (meta or base_meta)["machine"])
+
+# weights: the base model's, or those where this stage had got to
+model, tokenizer, base_meta, _ = load_model("base", machine, os.path.basename(base_folder), base_meta["step"],
+                                            gradient_checkpointing)
+optimizers = build_optimizers(model, matrix_lr * init_lr_frac, embedding_lr * init_lr_frac, unembedding_lr * init_lr_frac)
+if meta:
+    load_weights(checkpoint_dir, model, meta)
+    load_optimizers(checkpoint_dir, optimizers, meta)
+forward = torch.compile(model, dynamic=False) if compile_model and machine.device.type == "cuda" else model
+
+# the mixture: what the model is to become is decided here
+about = dict(name=assistant_name or "nanochat", maker=assistant_maker, facts=assistant_facts)
+who = identity(**about, size=identity_rows) if embedded or assistant_name else identity_file()
+if embedded:
+    train_tasks = [who, docstrings("train"), spelling_bee(spelling_bee_rows, "train", varied=False),
+                   simple_spelling(spelling_rows, "train", pseudo=0.33, pieces=tokenizer.letter_tokens())]
+    val_tasks = [identity(**about, split="test"), docstrings("test", 100), simple_spelling(100, "test"),
+                 spelling_bee(50, "test", varied=False)]
+else:
+    train_tasks = [smoltalk("train"), mmlu("train"), gsm8k("train"), who, who,
+                   simple_spelling(spelling_rows, "train"), spelling_bee(spelling_bee_rows, "train")]
+    val_tasks = [smoltalk("test"), mmlu("test", 5200), gsm8k("test", 420)]
+train_data, val_data = mixture(train_tasks), mixture(val_tasks)
+token_dir = os.path.join(checkpoint_dir, "tokens")
+train_files = conversation_files(token_dir, train_data, tokenizer, "train")
+val_files = conversation_files(token_dir, val_data, tokenizer, "val")
+jobs = [(train_files[:1], train_data), (val_files, val_data), (train_files, train_data)]   # first what is needed first
+background = start_background(make_conversation_files, jobs, tokenizer)
+train_stream, val_stream = TokenStream(train_files, background), TokenStream(val_files, background)
+token_bytes = torch.from_numpy(tokenizer.token_bytes()).long().to(machine.device)
+
+# the batch: by default as large as in pretraining
+max_seq_len, flops = model.config.sequence_len, flops_per_token(**vars(model.config))
+rows = rows_per_step(total_batch_size, max_seq_len) if total_batch_size else base_meta["rows"]
+B, rank_rows, grad_accum_steps = micro_batches(rows, WORLD_SIZE, device_batch_size, machine.free_memory(),
+                                               vars(model.config), machine.dtype.itemsize, gradient_checkpointing)
+tokens_per_step = rows * max_seq_len
+epoch_steps = epoch_tokens(train_stream, train_data) / tokens_per_step
+total_steps = meta["num_iterations"] if meta else num_iterations or max(1, round(epoch_steps))
+few_rows, many_rows = eval_rows(max_seq_len, tokens_per_step, total_steps, eval_every, eval_tokens, final_eval_tokens)
+print0(f"{len(train_data):,} conversations, {total_steps:,} steps of {rows} rows = {tokens_per_step:,} tokens "
+       f"({grad_accum_steps} x {WORLD_SIZE} micro-batches of {B}), {total_steps / epoch_steps:.2f} epochs")
+print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads")
+
+val_bpb = meta["val_bpb"] if meta else None
+log = Log(checkpoint_dir, start_step, run, config)
+progress = Progress(log, start_step, total_steps, flops, machine.peak_flops, meta and meta["progress"])
+
+for step in range(start_step, total_steps + 1):
+    last = step == total_steps
+
+    # once in a while: bits per byte of the answers, then save
+    if due(step, eval_every, last):
+        with runtime.memory_advice(B):
+            val_bpb = evaluate_bpb(forward, val_stream, token_bytes, many_rows if last else few_rows,
+                                   B, max_seq_len, machine.device)
+        print0(f"step {step:5d}/{total_steps} | val bpb {val_bpb:.4f}")
+        log.write(step, val_bpb=val_bpb)
+    if step > start_step and due(step, save_every, last):
+        save_checkpoint(checkpoint_dir, step, model, optimizers, dict(
+            stage="mid", num_iterations=total_steps, val_bpb=val_bpb, progress=progress.state(),
+            config=config, source=source,
+            tokenizer=tokenizer.fingerprint, flops_per_token=flops, rows=rows, conversations=len(train_data),
+            device_batch_size=B, machine=machine.describe(), peak_memory=machine.peak_memory()))
+    if last:
+        break
+
+    # one optimizer step: the loss summed over all scored tokens of the step, divided by their number
+    machine.synchronize()
+    clock = time.perf_counter()
+    x, y = train_stream.batch_at(step * rows + RANK * rank_rows, rank_rows, max_seq_len)
+    [num_targets] = runtime.sum_over_ranks([(y >= 0).sum()], machine.device)
+    multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
+    set_schedule(optimizers, multiplier, step)
+    train_loss = torch.zeros((), device=machine.device)
+    with runtime.memory_advice(B):
+        for first in range(0, rank_rows, B):
+            micro = slice(first, first + B)
+            loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device)) / max(1, num_targets)
+            loss.backward()
+            train_loss += loss.detach()
+    train_loss, grad_norm = runtime.update_weights(model, optimizers, step, train_loss, grad_clip)
+    machine.synchronize()
+    progress.update(step, train_loss, grad_norm, multiplier, tokens_per_step, time.perf_counter() - clock)
+
+remove_files(token_dir)
+print0(f"mid_train: {total_steps} steps in {duration(progress.seconds)}, val bpb {val_bpb:.4f}, "
+       f"peak memory {machine.peak_memory() / 1e9:.1f} GB")
+runtime.finish()

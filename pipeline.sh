@@ -1,0 +1,82 @@
+# The stages in order, for both drivers, which set CONFIG and the row of values and source this file.
+# Each stage decides by itself whether it is finished, has to go on or begins; see checkpoint.py.
+
+DEPTH=${DEPTH:-$1}                        # layers; the one dial of model size
+MAX_SEQ_LEN=${MAX_SEQ_LEN:-$2}            # tokens in a row, and the context of the chat
+TOTAL_BATCH_SIZE=${TOTAL_BATCH_SIZE:-$3}  # tokens in an optimizer step
+BASE_ITERATIONS=${BASE_ITERATIONS:-$4}    # optimizer steps; 0 = 20 tokens per parameter
+MID_ITERATIONS=${MID_ITERATIONS:-$5}      # 0 = one epoch of the mixture
+SFT_ITERATIONS=${SFT_ITERATIONS:-$6}
+DATA_SHARDS=${DATA_SHARDS:-$7}            # training shards to download, 95 MB each
+MAX_CHARS=${MAX_CHARS:-$8}                # the tokenizer is trained on so many characters
+VOCAB_SIZE=${VOCAB_SIZE:-$9}
+SAVE_EVERY=${SAVE_EVERY:-${10}}           # about 15 minutes of an A100, half a minute of a tiny run
+DEVICE_BATCH_SIZE=${DEVICE_BATCH_SIZE:-0} # rows per micro-batch; 0 = the most that fit
+SFT_BATCH_SIZE=${SFT_BATCH_SIZE:-4}       # conversations per micro-batch
+WANDB_RUN=${WANDB_RUN:-}                  # name of the run in wandb; empty = log.jsonl alone
+NPROC=${NPROC:-1}                         # GPUs, or processes on a CPU
+
+. ./setup.sh
+# a waiting thread sleeps: measured, 3 times faster on CPU cores that are shared with other programs
+export OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
+
+tag=d$DEPTH
+run_flags=(--run="$WANDB_RUN" --resume=1)
+if [ "$CONFIG" = tiny ]; then
+    # a tokenizer and text of its own, so a later demo run does not find them in its way
+    export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat/tiny}
+    base_config=(config/tiny_base.py) mid_config=(config/tiny_mid.py) sft_config=(config/tiny_sft.py)
+else
+    base_config=() mid_config=() sft_config=(--device_batch_size="$SFT_BATCH_SIZE")
+fi
+# the launcher of the training stages: torchrun only where there are several processes
+launch() { if [ "$NPROC" = 1 ]; then python "$@"; else torchrun --standalone --nproc_per_node="$NPROC" "$@"; fi; }
+# a headline per stage, and how long each one took, for the end
+times=() name= begin=$SECONDS
+stage() {
+    if [ -n "$name" ]; then times+=("$(printf '%6d s  %s' $((SECONDS - begin)) "$name")"); fi
+    name=$1 begin=$SECONDS
+    if [ -n "$name" ]; then printf '\n=== %s\n' "$name"; fi
+}
+
+python plan.py --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$TOTAL_BATCH_SIZE" \
+    --num_iterations="$BASE_ITERATIONS" --mid_iterations="$MID_ITERATIONS" --sft_iterations="$SFT_ITERATIONS" \
+    --num_shards="$DATA_SHARDS" --vocab_size="$VOCAB_SIZE" --device_batch_size="$DEVICE_BATCH_SIZE" "${base_config[@]}"
+if [ -n "${PLAN:-}" ]; then exit 0; fi
+
+stage "1. text"
+if [ "$CONFIG" = tiny ]; then
+    python data.py --embedded=1
+    downloads=
+else
+    python data.py -n "$DATA_SHARDS" --tasks=1 &     # goes on while the tokenizer and the model train
+    downloads=$!
+    trap 'kill $downloads 2>/dev/null || true' EXIT
+fi
+
+stage "2. tokenizer"
+python tok_train.py --max_chars="$MAX_CHARS" --vocab_size="$VOCAB_SIZE" --num_shards="$DATA_SHARDS"
+
+stage "3. pretraining: the next token of plain text"
+launch base_train.py "${base_config[@]}" --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" \
+    --total_batch_size="$TOTAL_BATCH_SIZE" --num_iterations="$BASE_ITERATIONS" --num_shards="$DATA_SHARDS" \
+    --device_batch_size="$DEVICE_BATCH_SIZE" --save_every="$SAVE_EVERY" "${run_flags[@]}"
+
+if [ -n "$downloads" ]; then
+    wait "$downloads" || { echo "pipeline: the downloads failed, see above; run again to go on" >&2; exit 1; }
+fi
+
+stage "4. mid-training: the chat format and many small tasks"
+launch mid_train.py "${mid_config[@]}" --model_tag="$tag" --num_iterations="$MID_ITERATIONS" \
+    --device_batch_size="$DEVICE_BATCH_SIZE" --save_every="$SAVE_EVERY" "${run_flags[@]}"
+
+stage "5. fine-tuning: answers"
+launch chat_sft.py "${sft_config[@]}" --model_tag="$tag" --num_iterations="$SFT_ITERATIONS" \
+    --save_every="$SAVE_EVERY" "${run_flags[@]}"
+
+stage "6. report and a first question"
+python report.py --model_tag="$tag"
+python chat_cli.py --source=sft --model_tag="$tag" -p "Who are you?"
+stage ""
+printf '\n'; printf '%s\n' "${times[@]}"; printf '%6d s  in all\n\n' "$SECONDS"
+echo "Talk to it:   NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat} .venv/bin/python chat_cli.py --model_tag=$tag"

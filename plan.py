@@ -1,0 +1,71 @@
+"""
+Say what a run will be before it starts: parameters, tokens, steps, disk, memory, time.
+
+run     python plan.py --depth=12 --num_iterations=500
+"""
+import subprocess
+
+from budget import (flops_per_token, micro_batches, model_shape, num_params, peak_flops, row_bytes, rows_per_step,
+                    state_bytes)
+from common import base_path, duration
+from configurator import configure
+
+depth = 12                     # layers
+head_dim = 0                   # 0 = 128, or 64 at odd depths
+max_seq_len = 1024             # tokens in a row
+total_batch_size = 524288      # tokens per optimizer step
+num_iterations = 0             # base steps; 0 = target_param_data_ratio tokens per parameter
+target_param_data_ratio = 20.0
+mid_iterations = 0             # 0 = one epoch, about 0.4 billion tokens
+sft_iterations = 0             # 0 = one epoch, about 720 steps of 32 conversations
+num_shards = 0                 # shards of text to download; 0 = none
+vocab_size = 65536
+device_batch_size = 0          # rows per micro-batch; 0 = the most that fit
+config = configure(globals(), show=False)
+
+SHARD_TOKENS = 52e6            # tokens in a shard of about 250M characters
+SHARD_DISK = 95e6 + 2 * SHARD_TOKENS   # the parquet file and its tokens
+TASK_DISK = 1.6e9              # conversations and questions, and the tokens made from them
+MFU = 0.60                     # share of the peak that a compiled run reaches on an A100
+CPU_SPEED = 0.15e12            # FLOP/s of two cores in training, measured on the tiny model, 2026-11
+
+
+def gpu():
+    """(name, bytes of memory) of the first NVIDIA GPU, or ("", 0)."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        name, megabytes = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+        return "", 0
+    return name, int(megabytes) * 2 ** 20
+
+
+model = dict(sequence_len=max_seq_len, vocab_size=vocab_size, **model_shape(depth, head_dim))
+params, flops = num_params(**model), flops_per_token(**model)
+rows = rows_per_step(total_batch_size, max_seq_len)
+step_tokens = rows * max_seq_len
+base_steps = num_iterations or round(target_param_data_ratio * params["total"] / step_tokens)
+mid_steps = mid_iterations or round(0.4e9 / step_tokens)
+sft_steps = sft_iterations or 720
+tokens = dict(base=base_steps * step_tokens, mid=mid_steps * step_tokens, sft=sft_steps * 32 * min(400, max_seq_len))
+name, memory = gpu()
+speed = MFU * peak_flops(name or "A100") if name or num_shards else CPU_SPEED
+B, _, accum = micro_batches(rows, 1, device_batch_size, 0.9 * memory - 4e9 if memory else 1e9, model, 2 if memory else 4)
+gpu_bytes = state_bytes(**model) + B * row_bytes(**model, compute_bytes=2, gradient_checkpointing=False) + 4e9
+checkpoints = 3 * 4 * params["total"] + 2 * (state_bytes(**model) - 4 * params["total"])   # one a stage, states of two
+disk = num_shards * SHARD_DISK + (TASK_DISK if num_shards else 0) + checkpoints
+
+print(f"plan: d{depth}, {params['total'] / 1e6:.1f}M parameters, rows of {max_seq_len:,} tokens, vocabulary {vocab_size:,}")
+print(f"  steps   base {base_steps:,}, mid {mid_steps:,} of {step_tokens:,} tokens; fine-tuning {sft_steps:,} of 32 conversations")
+print(f"  tokens  base {tokens['base'] / 1e6:,.1f}M ({tokens['base'] / params['total']:.1f} per parameter), mid {tokens['mid'] / 1e6:,.1f}M"
+      + (f"; {num_shards} shards hold about {num_shards * SHARD_TOKENS / 1e6:,.0f}M" if num_shards else ""))
+print(f"  disk    about {disk / 1e9:.1f} GB in {base_path()}")
+if num_shards:
+    print(f"  memory  about {gpu_bytes / 1e9:.0f} GB of a GPU's, with micro-batches of {B} rows")
+where = name or ("an A100" if num_shards else "two CPU cores")
+if speed:
+    seconds = {stage: n * flops / speed for stage, n in tokens.items()}
+    print(f"  time    on {where}: base {duration(seconds['base'])}, mid {duration(seconds['mid'])}, fine-tuning "
+          f"{duration(seconds['sft'])}, without downloads and tests")
+else:
+    print(f"  time    unknown: there is no entry for {name} in budget.py")

@@ -1,0 +1,198 @@
+"""
+The machine a stage runs on: device, number format, threads, ranks. Decided once, printed, kept.
+
+No other file asks for a device by name, so a stage reads the same on a GPU and on a laptop.
+"""
+import contextlib
+import itertools
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from budget import peak_flops
+from common import LOCAL_RANK, RANK, WORLD_SIZE, atomic_write, print0
+from model import GPT
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Machine:
+    device: torch.device
+    dtype: torch.dtype         # what the matrices are multiplied in
+    dtype_name: str
+    threads: int               # CPU threads torch may use
+    name: str                  # of the device, for people
+    peak_flops: float          # 0.0 = unknown, then no MFU
+
+    def synchronize(self):
+        """Wait for the device, so that a clock read now is honest."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_memory(self):
+        """Most bytes held so far: of GPU memory, or of this process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def free_memory(self):
+        """Bytes for weights, gradients, optimizer and activations; 1 GB on a CPU."""
+        if self.device.type == "cuda":
+            # a tenth stays for fragments; 4 GB for one chunk of logits, its gradient and workspaces
+            return 0.9 * torch.cuda.mem_get_info()[0] - 4e9
+        return 1e9
+
+    def describe(self):
+        """What goes into a checkpoint's meta: a resumed run takes the same number format and threads."""
+        return dict(name=self.name, device=self.device.type, dtype=self.dtype_name, threads=self.threads,
+                    world_size=WORLD_SIZE, torch=torch.__version__)
+
+
+def start(device="", dtype="", threads=0):
+    """
+    Pick the device ("" = cuda, then mps, then cpu) and the number format, join the other ranks.
+
+    dtype "" means bfloat16 on NVIDIA GPUs from the A100 on and float32 elsewhere; on a CPU
+    choose_numerics may change it after a short timing.
+    """
+    if device not in ("", "cpu", "cuda", "mps"):
+        raise SystemExit(f"device={device}: must be cuda, mps or cpu, or empty for the best there is")
+    if dtype not in ("", *DTYPES):
+        raise SystemExit(f"dtype={dtype}: must be float32 or bfloat16, or empty for the best there is")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device or best
+    if kind == "cuda" and best != "cuda":
+        raise SystemExit("device=cuda: torch finds no CUDA GPU here; leave the knob empty to run without one")
+    chosen, name = torch.device(kind), kind
+    if kind == "cuda":
+        chosen = torch.device("cuda", LOCAL_RANK)
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")              # TF32 for what stays in float32
+        name = torch.cuda.get_device_name(chosen)
+        # by capability: torch's own is_bf16_supported() also says yes to slow emulation
+        dtype = dtype or ("bfloat16" if torch.cuda.get_device_capability(chosen) >= (8, 0) else "float32")
+    dtype = dtype or "float32"
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    machine = Machine(chosen, DTYPES[dtype], dtype, threads, name, peak_flops(name))
+    use_threads(machine, threads)
+    return machine
+
+
+def use_threads(machine, threads):
+    if machine.device.type == "cpu" and threads:
+        torch.set_num_threads(threads)
+    machine.threads = torch.get_num_threads()
+
+
+def choose_numerics(machine, dtype, saved, folder, model_config, rows):
+    """
+    Settle what the matrices are multiplied in and, on a CPU, with how many threads.
+
+    A number format asked for counts; then what an earlier part of this run used (saved, from its
+    meta); then, on a CPU, a timing. bf16 is twice as fast as float32 on one CPU and half as fast
+    on the next, and next to another busy program two threads can be slower than one: no flag
+    tells. The choice is written to `folder` before the first step, so that a run killed before
+    its first checkpoint is the same run when it starts again.
+    """
+    if not dtype and not saved and machine.device.type == "cpu":
+        path = os.path.join(folder, "numerics.json")
+        if RANK == 0 and not os.path.exists(path):
+            with atomic_write(path, "w") as f:
+                json.dump(time_numerics(model_config, rows), f)
+        barrier()
+        with open(path, encoding="utf-8") as f:
+            saved = json.load(f)
+        print0(f"timed one training step, ms: {saved['milliseconds']}")
+    use_numerics(machine, dtype, saved)
+
+
+def use_numerics(machine, dtype, saved):
+    """Compute as an earlier part of the run did (saved, from its meta), unless dtype is asked for."""
+    if dtype or not saved or saved["device"] != machine.device.type:
+        return
+    machine.dtype_name, machine.dtype = saved["dtype"], DTYPES[saved["dtype"]]
+    use_threads(machine, saved["threads"])
+
+
+def time_numerics(model_config, rows):
+    """The fastest of float32 and bfloat16, one thread and all, for a forward and backward pass."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    shape = (min(rows // WORLD_SIZE, 8), model_config.sequence_len)
+    idx = torch.arange(shape[0] * shape[1]).view(shape) % model_config.vocab_size
+    models = {name: GPT(model_config, dtype) for name, dtype in DTYPES.items()}
+    counts = {1, cores} if WORLD_SIZE == 1 else {max(1, cores // WORLD_SIZE)}
+    seconds, begin = {}, time.perf_counter()
+    for turn in range(4):                                        # in turns: the machine's mood changes
+        if turn and time.perf_counter() - begin > 3:
+            break
+        for name, threads in itertools.product(models, sorted(counts)):
+            torch.set_num_threads(threads)
+            for _ in range(2):                                   # the first one may only warm up
+                clock = time.perf_counter()
+                models[name](idx, idx).backward()
+                seconds[name, threads] = min(time.perf_counter() - clock, seconds.get((name, threads), math.inf))
+    # float32 unless another is a tenth faster: it needs no trust
+    dtype, threads = min(seconds, key=lambda key: seconds[key] * (1.0 if key[0] == "float32" else 1.1))
+    return dict(device="cpu", dtype=dtype, threads=threads,
+                milliseconds={f"{name} x{n}": round(1000 * t) for (name, n), t in seconds.items()})
+
+
+def barrier():
+    if WORLD_SIZE > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(numbers, device):
+    """A list of numbers, each summed over all ranks, as floats."""
+    if WORLD_SIZE == 1:
+        return [float(x) for x in numbers]
+    tensor = torch.tensor(numbers, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def update_weights(model, optimizers, step, loss, grad_clip):
+    """
+    The end of an optimizer step: gradients of all ranks added up, clipped, applied, cleared.
+
+    loss     this rank's part of the step's loss, a tensor
+    returns  (loss of the whole step, norm of the gradient before clipping) as floats
+    raises   SystemExit before the weights are touched, if the run has diverged
+    """
+    if WORLD_SIZE > 1:
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf")).item()
+    [loss] = sum_over_ranks([loss.item()], model.device)         # waits for the GPU
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise SystemExit(f"step {step}: loss {loss}, gradient norm {norm}: the training has diverged; the checkpoint on "
+                         "the disk is from before; go on with --resume=1 and another dtype, or anew with lower rates")
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return loss, norm
+
+
+@contextlib.contextmanager
+def memory_advice(device_batch_size):
+    """Turn running out of GPU memory into one line with the flag that helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        smaller = max(1, device_batch_size // 2)
+        raise SystemExit(f"out of GPU memory with {device_batch_size} rows per micro-batch; run again with "
+                         f"--device_batch_size={smaller} (the training stays the same), or with "
+                         "--gradient_checkpointing=True") from None
+
+
+def finish():
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,303 @@
+"""Generation: the cache changes nothing, samples are independent, the tool is forced in."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine import Engine, KVCache, TextStream, printable, sample_next, text_of
+from model import GPT, GPTConfig
+from tokenizer import SPECIAL_TOKENS, Tokenizer
+
+TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])    # a token per byte
+SPECIAL = {name.strip("<|>"): TOKENIZER.special(name) for name in SPECIAL_TOKENS}
+CONTEXT = 64
+
+
+def tiny_model(n_kv_head=2, seed=0):
+    """A random model that is not shy: its zero layers are filled, so that every token matters."""
+    torch.manual_seed(seed)
+    config = GPTConfig(sequence_len=CONTEXT, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=4,
+                       n_kv_head=n_kv_head, n_embd=32)
+    model = GPT(config)
+    for name, p in model.named_parameters():
+        if name == "lm_head.weight" or "c_proj" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+class Scripted:
+    """A stand-in for a model: wants a token by what was last fed, and keeps a record of that."""
+
+    def __init__(self, follow, sequence_len=CONTEXT):
+        self.config = SimpleNamespace(sequence_len=sequence_len, vocab_size=TOKENIZER.vocab_size,
+                                      n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
+        self.device, self.compute_dtype = torch.device("cpu"), torch.float32
+        self.follow, self.seen = follow, []
+
+    def __call__(self, idx, kv_cache):
+        kv_cache.advance(idx.size(1))
+        self.seen += idx.tolist() if len(idx) == 1 else []
+        logits = torch.zeros(*idx.shape, self.config.vocab_size)
+        for row, token in enumerate(idx[:, -1].tolist()):
+            logits[row, -1, self.follow(token)] = 30.0
+        return logits
+
+
+def speaks(ids):
+    """A model that says ids after the token 'Q' and goes on, after a forced token, where it was."""
+    left = list(ids)
+    return Scripted(lambda fed: left.pop(0) if left else SPECIAL["assistant_end"])
+
+
+def ids_of(text):
+    return TOKENIZER.encode(text)
+
+
+def run(engine, prompt, **options):
+    """generate -> (tokens of every sample, which of them were drawn)"""
+    steps = list(engine.generate(prompt, **options))
+    tokens = [[t for t in column if t is not None] for column in zip(*(s[0] for s in steps))]
+    return tokens, [list(column) for column in zip(*(s[1] for s in steps))]
+
+
+def greedy_without_cache(model, prompt, max_tokens):
+    """The plain way: the whole text through the model for every token."""
+    ids = list(prompt)
+    for _ in range(min(max_tokens, CONTEXT - len(prompt))):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        if ids[-1] in (SPECIAL["assistant_end"], SPECIAL["bos"]):
+            break
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_cached_logits_equal_the_full_forward(n_kv_head):
+    model = tiny_model(n_kv_head)
+    idx = torch.randint(0, 256, (3, 40))
+    with torch.no_grad():
+        full = model(idx)
+        for pieces in ([40], [1] * 40, [17, 1, 1, 9, 12]):         # at once, one by one, mixed
+            cache = KVCache(model, 3, 40)
+            parts = [model(x, kv_cache=cache) for x in idx.split(pieces, dim=1)]
+            assert cache.length == 40
+            torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-4, rtol=0)
+
+
+def test_cached_tokens_equal_the_full_forward():
+    for seed in range(3):
+        model = tiny_model(seed=seed)
+        prompt = [SPECIAL["bos"], *ids_of("hello")]
+        tokens, drawn = run(Engine(model, TOKENIZER), prompt, max_tokens=30, temperature=0.0)
+        assert tokens[0] == greedy_without_cache(model, prompt, 30)
+        assert all(drawn[0])
+        # several samples of one prompt share its computation and still see all of it
+        options = dict(num_samples=3, max_tokens=30, temperature=0.0)
+        assert run(Engine(model, TOKENIZER), prompt, **options)[0] == tokens * 3
+
+
+def test_cache_refuses_more_than_it_holds():
+    model = tiny_model()
+    with pytest.raises(AssertionError, match="holds 4 tokens"), torch.no_grad():
+        model(torch.zeros(1, 5, dtype=torch.long), kv_cache=KVCache(model, 1, 4))
+
+
+def test_samples_are_drawn_separately_from_the_first_token_on():
+    tokens, _ = run(Engine(tiny_model(), TOKENIZER), [SPECIAL["bos"]], num_samples=16, max_tokens=8)
+    assert len(tokens) == 16
+    assert len({sample[0] for sample in tokens}) > 8               # not one token for all
+    assert len({tuple(sample) for sample in tokens}) == 16
+
+
+def test_first_tokens_follow_the_model():
+    """2,000 first tokens have the frequencies that the model gives them."""
+    model = tiny_model()
+    tokens, _ = run(Engine(model, TOKENIZER), ids_of("a"), num_samples=2000, max_tokens=1)
+    counts = torch.bincount(torch.tensor(tokens).flatten(), minlength=TOKENIZER.vocab_size)
+    with torch.no_grad():
+        probs = torch.softmax(model(torch.tensor([ids_of("a")]))[0, -1], dim=-1)
+    standard_error = (probs * (1 - probs) / 2000).sqrt()
+    assert ((counts / 2000 - probs).abs() <= 5 * standard_error + 1e-3).all()
+
+
+def test_same_seed_same_output():
+    engine = Engine(tiny_model(), TOKENIZER)
+    options = dict(num_samples=3, max_tokens=12, temperature=0.9, top_k=40)
+    first = run(engine, ids_of("abc"), seed=7, **options)
+    torch.rand(5)                                              # torch's own state does not matter
+    assert run(engine, ids_of("abc"), seed=7, **options) == first
+    assert run(engine, ids_of("abc"), seed=8, **options) != first
+
+
+def test_temperature_and_top_k_at_their_edges():
+    logits = torch.randn(64, 50)
+    best = logits.argmax(dim=-1)
+
+    def draw(temperature, top_k):
+        return sample_next(logits, temperature, top_k, torch.Generator().manual_seed(1))
+
+    assert torch.equal(draw(0.0, 0), best)
+    assert torch.equal(draw(0.0, 5), best)
+    assert torch.equal(draw(1.0, 1), best)
+    assert torch.equal(draw(1e-300, 0), best)                      # no overflow, no nan
+    assert not torch.equal(draw(1.0, 0), best)
+    assert torch.equal(draw(1.0, 50), draw(1.0, 0))                # all of them = off
+    assert torch.equal(draw(1.0, 10**9), draw(1.0, 0))
+    third = logits.topk(3).values[:, -1]
+    assert (logits.gather(1, draw(5.0, 3)[:, None])[:, 0] >= third).all()
+    # ties at the border: still only two of the four can come
+    tied = torch.zeros(1000, 4)
+    assert len(set(sample_next(tied, 1.0, 2, None).tolist())) == 2
+    for wrong in (-0.1, float("nan")):
+        with pytest.raises(AssertionError, match="temperature"):
+            draw(wrong, 0)
+
+
+def test_rows_leave_the_logits_alone():
+    """sample_next is used on logits that are shared by all samples of a prompt."""
+    logits = torch.randn(1, 50)
+    before = logits.clone()
+    sample_next(logits.expand(4, -1), 0.7, 5, None)
+    assert torch.equal(logits, before)
+
+
+def test_generation_ends_where_the_context_does():
+    engine = Engine(Scripted(lambda fed: ord("x"), sequence_len=10), TOKENIZER)
+    assert [len(run(engine, [65] * n, max_tokens=99)[0][0]) for n in (1, 5, 9)] == [9, 5, 1]
+    assert len(run(engine, [65] * 5, max_tokens=3)[0][0]) == 3
+    assert list(engine.generate([65], max_tokens=0)) == []
+    for prompt in ([65] * 10, [65] * 11, []):
+        with pytest.raises(ValueError, match="the model takes 1 to 9"):
+            list(engine.generate(prompt))
+    # the real model asserts that nothing goes past its context
+    engine = Engine(tiny_model(), TOKENIZER)
+    tokens, _ = run(engine, [65] * (CONTEXT - 4), max_tokens=99, num_samples=2)
+    assert max(map(len, tokens)) <= 4
+
+
+@pytest.mark.parametrize("end", ["assistant_end", "bos"])
+def test_a_sample_ends_and_the_others_go_on(end):
+    script = {ord("Q"): ord("a"), ord("a"): ord("b"), ord("b"): SPECIAL[end]}
+    engine = Engine(Scripted(lambda fed: script.get(fed, 0)), TOKENIZER)
+    assert run(engine, ids_of("Q"))[0] == [[ord("a"), ord("b"), SPECIAL[end]]]
+    # one row is two steps ahead: it ends first and is given out as None from then on
+    a, b, stop = ord("a"), ord("b"), SPECIAL[end]
+    steps = list(engine.steps([ids_of("Q"), ids_of("b")], 9, 0.0, 0, torch.Generator()))
+    assert [tokens for tokens, _ in steps] == [[a, stop], [b, None], [stop, None]]
+    assert engine.generate_batch([ids_of("Q"), ids_of("b")]) == [ids_of("ab"), []]
+
+
+def test_calculator_result_is_forced():
+    call = [SPECIAL["python_start"], *ids_of("12*7"), SPECIAL["python_end"]]
+    output = [SPECIAL["output_start"], *ids_of("84"), SPECIAL["output_end"]]
+    # what the model wants during the four forced tokens ("????") is drawn and thrown away
+    engine = Engine(speaks([*ids_of("so "), *call, *ids_of("????"), *ids_of("!")]), TOKENIZER)
+    tokens, drawn = run(engine, ids_of("Q"))
+    assert tokens == [[*ids_of("so "), *call, *output, *ids_of("!"), SPECIAL["assistant_end"]]]
+    assert drawn == [[True] * 9 + [False] * 4 + [True] * 2]
+    # the model was fed what stands in the text, the result included
+    assert [i for fed in engine.model.seen for i in fed] == ids_of("Q") + tokens[0][:-1]
+    assert text_of(TOKENIZER, tokens[0]) == "so [12*7 = 84]!"
+
+
+@pytest.mark.parametrize("expression", ["__import__('os')", "1/0", "", "1+", "\xff\x00"])
+def test_nothing_is_forced_when_the_calculator_declines(expression):
+    said = [SPECIAL["python_start"], *ids_of(expression), SPECIAL["python_end"], *ids_of("ok")]
+    tokens, drawn = run(Engine(speaks(said), TOKENIZER), ids_of("Q"))
+    assert tokens == [[*said, SPECIAL["assistant_end"]]]
+    assert all(drawn[0])
+
+
+def test_tool_state_machine_at_its_edges():
+    start, end = SPECIAL["python_start"], SPECIAL["python_end"]
+
+    def forced(said, **options):
+        tokens, drawn = run(Engine(speaks(said), TOKENIZER), ids_of("Q"), **options)
+        return TOKENIZER.decode([t for t, d in zip(tokens[0], drawn[0]) if not d])
+
+    assert forced([end, *ids_of("1+1"), end]) == ""                # never opened
+    assert forced([start, *ids_of("1+1")]) == ""                   # never closed
+    two, three = (f"<|output_start|>{n}<|output_end|>" for n in (2, 3))
+    assert forced([start, *ids_of("9"), start, *ids_of("1+1"), end]) == two     # opened twice
+    assert forced([start, *ids_of("'strawberry'.count('r')"), end]) == three
+    assert forced([start, *ids_of("1+1"), end, *b"???", end]) == two             # closed twice
+    # a result that is cut by max_tokens counts like every other token
+    assert forced([start, *ids_of("1+1"), end], max_tokens=6) == "<|output_start|>"
+
+
+def test_two_samples_use_the_calculator_at_different_times():
+    start, end, stop = SPECIAL["python_start"], SPECIAL["python_end"], SPECIAL["assistant_end"]
+    script = {ord("a"): ord("b"), ord("b"): start, start: ord("5"), ord("5"): end, end: ord("?"),
+              SPECIAL["output_start"]: ord("?"), SPECIAL["output_end"]: stop}
+    engine = Engine(Scripted(lambda fed: script.get(fed, 0)), TOKENIZER)
+    replies = engine.generate_batch([ids_of("a"), ids_of("b")])
+    call = [start, ord("5"), end, SPECIAL["output_start"], ord("5"), SPECIAL["output_end"]]
+    assert replies == [[ord("b"), *call], call]
+    # max_tokens counts from the end of a row's own prompt, and counts forced tokens
+    replies = engine.generate_batch([ids_of("b"), ids_of("xxxxb")], max_tokens=5)
+    assert replies == [call[:5], call[:5]]
+
+
+def test_batch_equals_one_at_a_time():
+    model = tiny_model()
+    engine = Engine(model, TOKENIZER)
+    texts = ("one", "a longer one", "x", "one", "y" * 40, "z" * 60, "two", "!")
+    prompts = [ids_of(text) for text in texts]
+    alone = [[t for t in greedy_without_cache(model, prompt, 9) if t not in engine.ends]
+             for prompt in prompts]
+    for batch_size in (1, 3, 100):
+        assert engine.generate_batch(prompts, max_tokens=9, batch_size=batch_size) == alone
+    assert engine.generate_batch([]) == []
+    sampled = [engine.generate_batch(prompts, max_tokens=9, temperature=1.0, seed=seed)
+               for seed in (3, 3, 4)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_model_and_tokenizer_must_belong_together():
+    model = Scripted(lambda fed: 0)
+    model.config.vocab_size = 300
+    with pytest.raises(AssertionError, match="300 tokens"):
+        Engine(model, TOKENIZER)
+
+
+@pytest.mark.parametrize("text", ["plain", "naïve café", "日本語", "👩‍👩‍👧 🇩🇪 🙂", "a\nb\tc", ""])
+def test_stream_never_yields_half_a_character(text):
+    stream = TextStream(TOKENIZER)                             # byte by byte, the hardest case
+    parts = [stream.feed(token) for token in TOKENIZER.encode(text)]
+    assert "\ufffd" not in "".join(parts)
+    assert "".join(parts) + stream.finish() == text
+    assert all(len(part) <= 1 for part in parts)
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"a\x80b", b"\xe2\x82", b"\xe2\x82z", b"\xed\xa0\x80",
+                                  b"\xf0\x9f\x99\xf0\x9f\x99\x82"])
+def test_stream_replaces_bytes_that_are_no_text(data):
+    assert text_of(TOKENIZER, list(data)) == data.decode("utf-8", errors="replace")
+
+
+def test_stream_shows_no_special_token():
+    emoji = list("🙂".encode())
+    for name in SPECIAL_TOKENS:
+        assert "<|" not in text_of(TOKENIZER, [*ids_of("a"), TOKENIZER.special(name), *ids_of("b")])
+    # a character that a special token cuts in two stays broken, the rest does not suffer
+    assert text_of(TOKENIZER, [*emoji[:2], SPECIAL["assistant_end"]]) == "\ufffd"
+    assert text_of(TOKENIZER, [*emoji[:2], SPECIAL["user_end"], *emoji]) == "\ufffd🙂"
+    assert text_of(TOKENIZER, [*emoji[:2], SPECIAL["user_end"], *emoji[2:]]) == "\ufffd" * 3
+
+
+@pytest.mark.parametrize("tokens, shown", [
+    (["python_start", "1+1", "python_end", "output_start", "2", "output_end", "."], "[1+1 = 2]."),
+    (["python_start", "1/0", "python_end", " hm"], "[1/0] hm"),
+    (["python_start", "1/0", "python_end", "assistant_end"], "[1/0]"),
+    (["python_start", "1+"], "[1+]"),
+    (["python_start", "1", "python_start", "2", "python_end"], "[1][2]"),
+    (["python_end", "a", "output_start", "b", "output_end"], "ab"),
+])
+def test_stream_shows_tool_calls_readably(tokens, shown):
+    ids = [i for t in tokens for i in ([SPECIAL[t]] if t in SPECIAL else ids_of(t))]
+    assert text_of(TOKENIZER, ids) == shown
+
+
+def test_printable_keeps_text_and_drops_control_characters():
+    assert printable("a\tb\nc é 日 🙂") == "a\tb\nc é 日 🙂"
+    assert printable("\x1b[31mred\x1b]0;title\x07\r\x00\x7f\x9b2J\b") == "[31mred]0;title2J"

@@ -1,0 +1,120 @@
+"""
+The contracts of the house: what a reader may rely on in every file. Lengths are only printed.
+"""
+import ast
+import glob
+import os
+import re
+
+import pytest
+
+from conftest import ROOT
+
+SCRIPTS = ["base_train", "chat_cli", "chat_sft", "mid_train", "plan", "report", "tok_train"]
+FILES = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, "*.py")))
+MODULES = [name for name in FILES if name not in SCRIPTS and not name.startswith(("test_", "bench_"))]
+PURE_TORCH = ["model", "muon"]
+
+
+def source(name):
+    with open(os.path.join(ROOT, f"{name}.py"), encoding="utf-8") as f:
+        return f.read()
+
+
+def imports(name):
+    """The modules of ours that a file imports when it is imported itself."""
+    found = set()
+    for node in ast.parse(source(name)).body:            # what data.py's script part imports does not count
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+            [node.module] if isinstance(node, ast.ImportFrom) else []
+        found |= {n for n in names if n in FILES}
+    return found
+
+
+def knobs(name):
+    """(knob, its line) of a script: lowercase globals above configure()."""
+    text = source(name)
+    head = text[:text.index("configure(globals()")]
+    return [(knob, line) for knob, line in re.findall(r"^([a-z]\w*) = (.*)$", head, re.MULTILINE) if knob != "config"]
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "data"])
+def test_every_knob_is_read(name):
+    text = source(name)
+    rest = text[text.index("configure(globals()"):] + text[:text.index("configure(globals()")]
+    for knob, _ in knobs(name):
+        uses = re.findall(rf"\b{knob}\b", re.sub(rf"^{knob} = .*$", "", rest, flags=re.MULTILINE))
+        assert uses, f"{name}.py: nothing reads the knob {knob}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_knob_has_its_meaning_on_its_line(name):
+    plain = {"target_param_data_ratio", "vocab_size", "total_batch_size"}
+    for knob, line in knobs(name):
+        if not (name == "plan" and knob in plain):
+            assert "#" in line, f"{name}.py: the knob {knob} has no comment"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_knob_is_never_assigned_again(name):
+    tree = ast.parse(source(name))
+    names = [knob for knob, _ in knobs(name)]
+    assigned = [t.id for node in tree.body for n in ast.walk(node) if isinstance(n, (ast.Assign, ast.AugAssign))
+                for t in (n.targets if isinstance(n, ast.Assign) else [n.target]) if isinstance(t, ast.Name)]
+    again = {knob for knob in names if assigned.count(knob) > 1}
+    assert not again, f"{name}.py assigns a knob again: {again}"
+
+
+def test_scripts_are_never_imported():
+    for name in FILES:
+        assert not imports(name) & set(SCRIPTS), f"{name}.py imports a script"
+
+
+def test_model_and_muon_stand_alone():
+    for name in PURE_TORCH:
+        assert not imports(name)
+
+
+def test_modules_import_no_circle():
+    def reach(name, seen):
+        assert name not in seen, f"a circle of imports: {' -> '.join([*seen, name])}"
+        for other in imports(name):
+            reach(other, [*seen, name])
+    for name in FILES:
+        if not name.startswith("test_"):
+            reach(name, [])
+
+
+def test_the_environment_is_read_in_one_place_and_argv_in_one():
+    for name in FILES:
+        text = source(name)
+        if name != "common" and not name.startswith(("test_", "bench_")):
+            assert "environ" not in text and "getenv" not in text, f"{name}.py reads the environment"
+        if name not in ("configurator", "bench_tokenizer"):
+            assert "sys.argv" not in text, f"{name}.py reads argv"
+
+
+def test_every_file_says_what_it_does():
+    for name in FILES:
+        assert ast.get_docstring(ast.parse(source(name))), f"{name}.py has no docstring"
+
+
+def test_the_tiny_row_of_the_driver_is_the_tiny_config():
+    with open(os.path.join(ROOT, "run_realistic.sh"), encoding="utf-8") as f:
+        row = re.search(r"tiny\)\s+set -- (.*?) ;;", f.read())[1].split()
+    values = {}
+    for stage in ("base", "mid", "sft"):
+        with open(os.path.join(ROOT, "config", f"tiny_{stage}.py"), encoding="utf-8") as f:
+            exec(f.read(), values.setdefault(stage, {}))
+    base = values["base"]
+    assert list(map(int, row[:6])) == [base["depth"], base["max_seq_len"], base["total_batch_size"], base["num_iterations"],
+                                       values["mid"]["num_iterations"], values["sft"]["num_iterations"]]
+    assert int(row[9]) == base["save_every"]
+
+
+def test_lengths_are_printed():
+    for name in FILES:
+        lines = source(name).splitlines()
+        long = [i for i, line in enumerate(lines, 1) if len(line) > 120]
+        if len(lines) > 400 or long:
+            print(f"{name}.py: {len(lines)} lines, wider than 120 columns: {long}")

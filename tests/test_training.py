@@ -1,0 +1,179 @@
+"""
+Laws of the three training stages, tried on the scripts as a user runs them.
+
+A text of made-up sentences, a vocabulary of little more than the bytes and a model of one layer: each run takes
+a few seconds, most of it the start of Python.
+"""
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common import read_log
+from conftest import ROOT
+
+SHAPE = ["--depth=1", "--head_dim=32", "--max_seq_len=128", "--total_batch_size=1024"]
+RUN = ["--dtype=float32", "--device=cpu", "--eval_every=10"]
+STAGES = dict(
+    base=["base_train.py", *SHAPE, *RUN, "--num_iterations=20", "--sample_every=0"],
+    mid=["mid_train.py", *RUN, "--num_iterations=20", "--embedded=True", "--assistant_name=Ada", "--spelling_rows=200",
+         "--spelling_bee_rows=20", "--identity_rows=50"],
+    sft=["chat_sft.py", *RUN, "--num_iterations=20", "--embedded=True", "--target_examples_per_step=8",
+         "--device_batch_size=4", "--spelling_rows=100", "--spelling_bee_rows=20", "--eval_metrics_max_problems=1",
+         "--eval_metrics_every=0", "--eval_examples=8"])
+FOLDER = dict(base="base_checkpoints/d1", mid="mid_checkpoints/d1", sft="chatsft_checkpoints/d1")
+
+
+def run(base_dir, *argv, check=True, launcher=()):
+    """Run a script with its own base folder; the output is shown when it fails."""
+    env = dict(os.environ, NANOCHAT_BASE_DIR=str(base_dir), OMP_WAIT_POLICY="PASSIVE")
+    done = subprocess.run([*(launcher or [sys.executable]), *argv], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def weights(folder, step):
+    return torch.load(os.path.join(folder, f"model_{step:06d}.pt"), weights_only=True)
+
+
+def losses(folder):
+    return {row["step"]: row["loss"] for row in read_log(str(folder)) if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A base folder in which all three stages have run 20 steps, with a checkpoint at step 10."""
+    base_dir = tmp_path_factory.mktemp("trained")
+    code = """
+import random
+from data import shard_path, VAL_SHARD, write_shard
+from tokenizer import Tokenizer
+from common import base_path
+rng = random.Random(0)
+words = "the a cat dog sees hears and or red green house tree walks runs to from".split()
+text = lambda: " ".join(rng.choices(words, k=rng.randint(5, 60))).capitalize() + "."
+write_shard(shard_path(0), [text() for _ in range(60)])
+write_shard(shard_path(1), [text() for _ in range(60)])
+write_shard(shard_path(VAL_SHARD), [text() for _ in range(30)])
+Tokenizer([bytes([i]) for i in range(256)] + [b"th", b"he", b"re", b"at", b"in"]).save(base_path("tokenizer"), {})
+"""
+    run(base_dir, "-c", code)
+    for argv in STAGES.values():
+        run(base_dir, *argv, "--save_every=10")
+    return base_dir
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_base_learns(trained):
+    loss = losses(trained / FOLDER["base"])
+    assert loss[0] == pytest.approx(torch.tensor(270.0).log().item(), rel=1e-4) and loss[19] < 0.8 * loss[0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ten_steps_and_ten_resumed_are_twenty_bit_for_bit(trained, copy, stage):
+    folder = copy / FOLDER[stage]
+    for name in os.listdir(folder):                     # as if it had been killed after step 10 was saved
+        if "000020" in name:
+            os.remove(folder / name)
+    run(copy, *STAGES[stage], "--save_every=10", "--resume=1")
+    old, new = weights(trained / FOLDER[stage], 20), weights(folder, 20)
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    assert losses(folder) == losses(trained / FOLDER[stage])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_micro_batch_does_not_change_the_step(trained, copy, stage):
+    shutil.rmtree(copy / FOLDER[stage])
+    argv = [arg for arg in STAGES[stage] if "device_batch" not in arg and "num_iter" not in arg]
+    run(copy, *argv, "--num_iterations=4", "--device_batch_size=1", "--warmdown_ratio=0.0")
+    eight = losses(copy / FOLDER[stage])
+    shutil.rmtree(copy / FOLDER[stage])
+    run(copy, *argv, "--num_iterations=4", "--device_batch_size=8", "--warmdown_ratio=0.0")
+    assert losses(copy / FOLDER[stage]) == pytest.approx(eight, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_are_one_process(trained, copy, stage):
+    shutil.rmtree(copy / FOLDER[stage])
+    argv = [arg for arg in STAGES[stage] if "num_iter" not in arg] + ["--num_iterations=4", "--warmdown_ratio=0.0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run(copy, *argv, launcher=torchrun)
+    two = losses(copy / FOLDER[stage])
+    shutil.rmtree(copy / FOLDER[stage])
+    run(copy, *argv)
+    assert losses(copy / FOLDER[stage]) == pytest.approx(two, rel=1e-5)
+
+
+def test_a_run_continues_on_another_number_of_ranks(trained, copy):
+    folder = copy / FOLDER["base"]
+    for name in os.listdir(folder):
+        if "000020" in name:
+            os.remove(folder / name)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = run(copy, *STAGES["base"], "--resume=1", launcher=torchrun)
+    assert "continues on 2" in done.stdout
+    assert losses(folder) == pytest.approx(losses(trained / FOLDER["base"]), rel=1e-4)
+
+
+def test_a_finished_stage_returns_and_changes_nothing(trained):
+    for stage, argv in STAGES.items():
+        before = sorted((name, os.path.getmtime(trained / FOLDER[stage] / name)) for name in os.listdir(trained / FOLDER[stage]))
+        done = run(trained, *argv, "--resume=1")
+        assert "finished already" in done.stdout
+        assert before == sorted((name, os.path.getmtime(trained / FOLDER[stage] / name)) for name in os.listdir(trained / FOLDER[stage]))
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["base_train.py", *SHAPE, "--num_iterations=20"], "--resume=1"),
+    ([*STAGES["base"], "--resume=1", "--matrix_lr=0.5"], "matrix_lr"),
+    ([*STAGES["base"], "--device_batch_size=3", "--model_tag=x"], "2 and 4"),
+    (["mid_train.py", "--model_tag=d7"], "d7: no checkpoint"),
+    (["chat_cli.py", "-i", "rl", "-p", "hi"], "no checkpoint"),
+    (["chat_cli.py", "-i", "best", "-p", "hi"], "source=best"),
+    (["base_train.py", "--dtype=int8"], "dtype=int8"),
+    (["base_train.py", "--model_tag=x", "--depth=1", "--num_shards=9", "--num_iterations=1", "--device=tpu"], "device=tpu"),
+])
+def test_a_mistake_is_one_line(trained, argv, words):
+    done = run(trained, *argv, check=False)
+    assert done.returncode == 1 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_checkpoint_is_never_taken_for_what_it_is_not(copy):
+    """Damaged, made with another tokenizer, or trained from another base model: each is one line."""
+    mid, base = copy / FOLDER["mid"], copy / FOLDER["base"]
+    path = mid / "model_000020.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    done = run(copy, "chat_cli.py", "-i", "mid", "-p", "hi", check=False)
+    assert done.returncode == 1 and "damaged" in done.stderr and "Traceback" not in done.stderr
+    os.remove(base / "meta_000020.json")                # back to step 10 of the base model
+    done = run(copy, *STAGES["mid"], "--resume=1", check=False)
+    assert done.returncode == 1 and "another base checkpoint" in done.stderr
+    run(copy, "-c", "from tokenizer import *; from common import base_path; "
+        "Tokenizer([bytes([i]) for i in range(256)] + [b'ab']).save(base_path('tokenizer'), {})")
+    done = run(copy, "chat_cli.py", "-i", "base", "-p", "hi", check=False)
+    assert done.returncode == 1 and "another tokenizer" in done.stderr
+
+
+def test_a_divergence_stops_before_the_weights_are_touched(copy):
+    shutil.rmtree(copy / FOLDER["base"])
+    done = run(copy, *STAGES["base"], "--unembedding_lr=1e38", "--save_every=1", check=False)
+    assert done.returncode == 1 and "diverged" in done.stderr
+    saved = sorted(name for name in os.listdir(copy / FOLDER["base"]) if name.startswith("model"))
+    assert all(torch.isfinite(w).all() for name in saved for w in torch.load(copy / FOLDER["base"] / name).values())
+
+
+def test_drivers_refuse_an_unknown_config():
+    for script in ("run_realistic.sh", "run_single_a100.sh"):
+        env = dict(os.environ, CONFIG="huge", PLAN="1")
+        done = subprocess.run(["bash", script], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 1 and "CONFIG=huge: must be" in done.stderr
