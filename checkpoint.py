@@ -161,7 +161,7 @@ def find_folder(stage, model_tag=""):
     if model_tag in tags:
         return os.path.join(parent, model_tag)
     if not tags or model_tag:
-        wanted = os.path.join(parent, model_tag)
+        wanted = os.path.join(parent, model_tag) if model_tag else parent
         raise SystemExit(f"{wanted}: no checkpoint here; run {SCRIPTS[stage]} first"
                          + (f" or choose --model_tag from {', '.join(tags)}" if tags else ""))
     if len(tags) > 1:

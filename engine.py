@@ -189,7 +189,8 @@ class Engine:
         idx = torch.tensor([prompt[:length] for prompt in (prompts[:1] if once else prompts)],
                            device=self.model.device)
         cache = KVCache(self.model, len(idx), length if once and B > 1 else max_len)
-        logits = self.model(idx, kv_cache=cache)[:, -1]
+        end = torch.full((len(idx),), length - 1, device=self.model.device)
+        logits = self.model(idx, kv_cache=cache, positions=end)    # not of the whole prompt: (B, V)
         if once and B > 1:
             one, cache = cache, KVCache(self.model, B, max_len)
             cache.copy_row(one)

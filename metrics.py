@@ -9,7 +9,13 @@ import math
 import torch
 
 from common import RANK, WORLD_SIZE
+from engine import text_of
 from runtime import sum_over_ranks
+
+# what a base model is asked to go on with: facts, a riddle, a list, an opinion, some algebra
+PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be",
+           "The opposite of hot is", "The planets of the solar system are:", "My favorite color is",
+           "If 5*x + 3 = 13, then x is"]
 
 
 def to_device(array, device):
@@ -42,6 +48,13 @@ def evaluate_bpb(model, stream, token_bytes, num_rows, B, T, device):
     return nats / math.log(2) / num_bytes
 
 
+def continue_prompts(engine, max_tokens=16):
+    """The likeliest words after each of PROMPTS -> list of (prompt, text)."""
+    ids = [[engine.tokenizer.bos, *engine.tokenizer.encode(prompt)] for prompt in PROMPTS]
+    replies = engine.generate_batch(ids, max_tokens=max_tokens)
+    return [(prompt, text_of(engine.tokenizer, reply)) for prompt, reply in zip(PROMPTS, replies)]
+
+
 @torch.no_grad()
 def evaluate_loss(model, batches, device):
     """Mean loss in nats over the scored tokens of (x, y) numpy batches; each rank passes its own."""
@@ -63,14 +76,8 @@ def evaluate_answers(engine, task, check, max_problems, max_tokens, batch_size):
     problems = [task[i] for i in range(RANK, min(max_problems or len(task), len(task)), WORLD_SIZE)]
     prompts = [tokenizer.render_for_completion(problem) for problem in problems]
     replies = engine.generate_batch(prompts, max_tokens, temperature=0, batch_size=batch_size) if prompts else []
-    right = sum(check(problem, tokenizer.decode(plain(tokenizer, reply))) for problem, reply in zip(problems, replies))
+    right = sum(check(problem, text_of(tokenizer, reply)) for problem, reply in zip(problems, replies))
     return tuple(int(n) for n in sum_over_ranks([right, len(problems)], engine.model.device))
-
-
-def plain(tokenizer, ids):
-    """A reply without its special tokens, the calculator's calls and results as plain text."""
-    specials = set(tokenizer.specials.values())
-    return [i for i in ids if i not in specials]
 
 
 @torch.no_grad()

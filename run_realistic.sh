@@ -19,7 +19,7 @@ fi
 #          layers  tokens   tokens of  steps              shards     characters  tokens in    steps between
 #                  in a row one step   base   mid   sft   of text    for the tokenizer        checkpoints
 case "$CONFIG" in
-    tiny)   set --  2   256     2048   1200  1700   150     0          10000000    4096    300 ;;
+    tiny)   set --  2   256     2048   1000  1500    60     0          10000000    4096    300 ;;
     demo)   set -- 12  1024   524288    500   200   100    10         500000000   65536    300 ;;
     small)  set -- 14  1536   524288   2000   500   200    22         500000000   65536    250 ;;
     medium) set -- 16  2048   524288   5000  1000   500    52         500000000   65536    180 ;;

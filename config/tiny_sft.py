@@ -1,6 +1,6 @@
 # CONFIG=tiny, fine-tuning.
 embedded = True
-num_iterations = 150
+num_iterations = 60
 spelling_rows = 3000
 spelling_bee_rows = 300
 identity_rows = 500

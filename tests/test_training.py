@@ -166,7 +166,7 @@ def test_a_checkpoint_is_never_taken_for_what_it_is_not(copy):
 
 def test_a_divergence_stops_before_the_weights_are_touched(copy):
     shutil.rmtree(copy / FOLDER["base"])
-    done = run(copy, *STAGES["base"], "--unembedding_lr=1e38", "--save_every=1", check=False)
+    done = run(copy, *STAGES["base"], "--matrix_lr=1e38", "--save_every=1", check=False)
     assert done.returncode == 1 and "diverged" in done.stderr
     saved = sorted(name for name in os.listdir(copy / FOLDER["base"]) if name.startswith("model"))
     assert all(torch.isfinite(w).all() for name in saved for w in torch.load(copy / FOLDER["base"] / name).values())
