@@ -18,9 +18,10 @@ from budget import eval_rows, flops_per_token, micro_batches, model_shape, num_p
 from checkpoint import FOLDERS, continue_from, is_finished, load_optimizers, load_weights, save_checkpoint
 from common import RANK, WORLD_SIZE, Log, Progress, base_path, due, duration, lr_multiplier, print0
 from configurator import configure
+from core import evaluate_core, fetch_bundle
 from data import VAL_SHARD, TokenStream, make_token_files, shard_path, token_path, train_shards
-from engine import Engine, printable, text_of
-from metrics import evaluate_bpb, to_device
+from engine import Engine, printable
+from metrics import continue_prompts, evaluate_bpb, to_device
 from model import GPT, GPTConfig
 from muon import build_optimizers, set_schedule
 from tokenizer import load_tokenizer
@@ -37,7 +38,7 @@ num_shards = 0                 # train on shards 0 ... n-1, waiting for those no
 # batch
 total_batch_size = 524288      # tokens per optimizer step, rounded to a multiple of 8 rows
 device_batch_size = 0          # B, rows per micro-batch; 0 = the largest that fits; never changes the training
-gradient_checkpointing = False  # True = activations are made again in the backward pass: less memory, slower
+gradient_checkpointing = False  # 1 = activations are made again in the backward pass: less memory, slower
 # optimizer
 matrix_lr = 0.02               # Muon, the matrices
 embedding_lr = 0.2             # AdamW, the token table; scaled by (n_embd / 768)^-0.5
@@ -51,6 +52,8 @@ eval_every = 250               # steps between evaluations of bits per byte; 0 =
 eval_tokens = 0                # tokens of such an evaluation; 0 = 2 % of those trained between two
 final_eval_tokens = 10485760   # tokens of the one at the end (20 x 524,288)
 sample_every = 2000            # steps between samples of text; 0 = only at the end
+core_metric_every = 2000       # steps between evaluations of CORE (a download of 162 MB); 0 = never
+core_metric_max_per_task = 500  # items of each task then; 0 = all
 save_every = 0                 # steps between checkpoints; 0 = only at the end
 resume = 0                     # 1 = continue from the newest checkpoint, if there is one
 seed = 42                      # of the first weights; nothing else in the run is random
@@ -60,10 +63,6 @@ device = ""                    # cuda, mps or cpu; "" = the best there is
 dtype = ""                     # float32 or bfloat16; "" = bfloat16 from the A100 on, timed on a CPU
 compile_model = True           # torch.compile on a GPU; on a CPU it would take longer than it saves
 config = configure(globals())  # python base_train.py config/x.py --num_iterations=50
-
-PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be",
-           "The opposite of hot is", "The planets of the solar system are:", "My favorite color is",
-           "If 5*x + 3 = 13, then x is"]
 
 # a finished stage returns, an unfinished one continues
 machine = runtime.start(device, dtype)
@@ -88,6 +87,9 @@ assert total_steps > 0, "num_iterations and target_param_data_ratio leave no ste
 print0(f"d{depth}: {params['total']:,} parameters, {total_steps:,} steps of {rows} rows = {tokens_per_step:,} tokens "
        f"({grad_accum_steps} x {WORLD_SIZE} micro-batches of {B}), {total_steps * tokens_per_step:,} in all")
 print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads")
+
+if core_metric_every:
+    fetch_bundle()                                               # now, so that what is missing is missed at once
 
 # the data: the list of shards is fixed at step 0, so that a resumed run reads the same stream
 shards = meta["shards"] if meta else [os.path.basename(path) for path in train_shards(num_shards)]
@@ -129,9 +131,12 @@ for step in range(start_step, total_steps + 1):
             tokenizer=tokenizer.fingerprint, params=params, flops_per_token=flops, rows=rows,
             device_batch_size=B, machine=machine.describe(), peak_memory=machine.peak_memory()))
     if RANK == 0 and due(step, sample_every, last):
-        ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in PROMPTS]
-        for prompt, reply in zip(PROMPTS, Engine(model, tokenizer).generate_batch(ids, max_tokens=16)):
-            print0(f"  {prompt} |{printable(text_of(tokenizer, reply))!r}")
+        for prompt, text in continue_prompts(Engine(model, tokenizer)):
+            print0(f"  {prompt} |{printable(text)!r}")
+    if core_metric_every and step > start_step and due(step, core_metric_every, last):
+        _, core_score = evaluate_core(model, tokenizer, core_metric_max_per_task)
+        print0(f"step {step:5d}/{total_steps} | CORE {core_score:.4f}")
+        log.write(step, core=core_score)
     if last:
         break
 

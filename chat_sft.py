@@ -22,7 +22,7 @@ from checkpoint import (FOLDERS, continue_from, find_folder, is_finished, load_m
 from common import RANK, WORLD_SIZE, Log, Progress, base_path, due, duration, lr_multiplier, print0
 from configurator import configure
 from engine import Engine
-from metrics import evaluate_answers, evaluate_letters, evaluate_loss, to_device
+from metrics import evaluate_loss, evaluate_task, to_device
 from muon import build_optimizers, set_schedule
 from tasks import (arc, check, docstrings, gsm8k, identity, identity_file, mixture, mmlu, simple_spelling, smoltalk,
                    spelling_bee)
@@ -31,7 +31,7 @@ from tasks import (arc, check, docstrings, gsm8k, identity, identity_file, mixtu
 source = "mid"                 # the stage whose model is tuned: mid or base (-i)
 model_tag = ""                 # which model of that stage; "" = the only one there is
 # the mixture
-embedded = False               # True = only tasks that need no download
+embedded = False               # 1 = only tasks that need no download
 identity_rows = 1000           # conversations about who the model is, where they are made here
 spelling_rows = 300            # SimpleSpelling: spell a word
 spelling_bee_rows = 300        # SpellingBee: count a letter in a word
@@ -40,7 +40,7 @@ num_iterations = 0             # optimizer steps; 0 = one epoch of the mixture
 # batch
 target_examples_per_step = 32  # conversations per optimizer step
 device_batch_size = 4          # B, conversations per micro-batch; 0 = the most that fit; never changes the training
-gradient_checkpointing = False  # True = less memory, slower
+gradient_checkpointing = False  # 1 = less memory, slower
 # optimizer
 matrix_lr = 0.02               # Muon, the matrices
 embedding_lr = 0.2             # AdamW, the token table
@@ -54,7 +54,7 @@ final_lr_frac = 0.0            # where they fall to, as a share of the full rate
 eval_every = 100               # steps between evaluations of the loss on held-out answers; 0 = only at the end
 eval_examples = 400            # conversations of such an evaluation
 eval_metrics_every = 200       # steps between tests on the tasks themselves; 0 = only at the end
-eval_metrics_max_problems = 200  # problems per task in such a test
+eval_metrics_max_problems = 200  # problems per task in such a test; 0 = no tests (chat_eval.py has more)
 save_every = 0                 # steps between checkpoints; 0 = only at the end
 resume = 0                     # 1 = continue from the newest checkpoint, if there is one
 # machine
@@ -91,7 +91,7 @@ about = dict(name=own_name or "nanochat", maker=mid.get("assistant_maker", ""), 
 who = identity(**about, size=identity_rows) if embedded or own_name else identity_file()
 if embedded:
     train_tasks = [who, docstrings("train", 300), spelling_bee(spelling_bee_rows, "train", varied=False),
-                   simple_spelling(spelling_rows, "train", pseudo=0.33, pieces=tokenizer.letter_tokens())]
+                   simple_spelling(spelling_rows, "train", pseudo=0.6, pieces=tokenizer.letter_tokens())]
     val_tasks = [identity(**about, split="test"), docstrings("test", 100), simple_spelling(100, "test")]
     tests = {"says its name": identity(**about, split="test"), "spells a word": simple_spelling(50, "test"),
              "counts a letter": spelling_bee(50, "test", varied=False)}
@@ -133,13 +133,9 @@ for step in range(start_step, total_steps + 1):
             source=parent, tokenizer=tokenizer.fingerprint, flops_per_token=flops, rows=rows,
             conversations=len(train_data), device_batch_size=B, machine=machine.describe(),
             peak_memory=machine.peak_memory()))
-    if due(step, eval_metrics_every, last):
+    if eval_metrics_max_problems and due(step, eval_metrics_every, last):
         for name, task in tests.items():
-            if "letters" in task[0]:
-                right, total = evaluate_letters(model, tokenizer, task, eval_metrics_max_problems, B)
-            else:
-                engine = Engine(model, tokenizer)
-                right, total = evaluate_answers(engine, task, check, eval_metrics_max_problems, 128, 16)
+            right, total = evaluate_task(Engine(model, tokenizer), task, check, eval_metrics_max_problems, 128)
             print0(f"step {step:5d}/{total_steps} | {name}: {right} of {total}")
             log.write(step, test=name, right=right, total=total)
     if last:

@@ -23,7 +23,8 @@ KEEP = 2                       # checkpoints of a stage that stay on the disk: t
 
 # knobs that may differ when a run is continued: they change how it runs or what it prints
 FREE_KNOBS = {"run", "resume", "model_tag", "device", "device_batch_size", "compile_model", "gradient_checkpointing",
-              "save_every", "eval_every", "eval_tokens", "eval_examples", "sample_every", "eval_metrics_every"}
+              "save_every", "eval_every", "eval_tokens", "eval_examples", "sample_every", "eval_metrics_every",
+              "eval_metrics_max_problems", "core_metric_every", "core_metric_max_per_task", "final_eval_tokens"}
 
 
 def save_checkpoint(folder, step, model, optimizers, meta):

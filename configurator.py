@@ -113,13 +113,13 @@ def walk(error):
 
 
 def checked(name, value, knobs, arg):
-    """value, if it may replace knobs[name]; an int may stand for a float, nothing else converts."""
+    """value, if it may replace knobs[name]; an int may stand for a float, 0 and 1 for a bool."""
     if name not in knobs:
         near = difflib.get_close_matches(name.replace("-", "_"), knobs, n=1)
         raise SystemExit(f"{arg}: there is no knob {name!r}; " + (f"did you mean {near[0]}?" if near else "see --help"))
     kind = type(knobs[name])
-    if kind is float and type(value) is int:
-        return float(value)
+    if type(value) is int and (kind is float or kind is bool and value in (0, 1)):
+        return kind(value)
     if type(value) is not kind:
         raise SystemExit(f"{arg}: {name} must be {kind.__name__}, like {knobs[name]!r}, not {value!r}")
     return value

@@ -27,8 +27,8 @@ from download import HUB, check_parquet, download
 
 num_shards = 8         # training shards to fetch, from 00000 on (95 MB, 52M tokens each); 0 = none
 num_threads = 4        # files fetched at the same time
-embedded = 0           # 1 = write the embedded corpus as the shards instead of downloading any
-tasks = 0              # 1 = also fetch what the tasks need (conversations, questions, words)
+embedded = False       # 1 = write the embedded corpus as the shards instead of downloading any
+tasks = False          # 1 = also fetch what the tasks need (conversations, questions, words)
 
 SHARD_URL = f"{HUB}/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main/shard_%05d.parquet"
 VAL_SHARD = 1822       # the last one of the set, never trained on

@@ -66,6 +66,18 @@ def evaluate_loss(model, batches, device):
     return nats / max(1, num_targets)
 
 
+def evaluate_task(engine, task, check, max_problems=0, max_tokens=256, batch_size=16):
+    """
+    Test a model on a task -> (right ones, problems); max_problems 0 = all of them.
+
+    A multiple choice is decided by the logits of the letters, anything else by a greedy answer
+    that check(conversation, answer text) -> bool judges (tasks.check).
+    """
+    if "letters" in task[0]:
+        return evaluate_letters(engine.model, engine.tokenizer, task, max_problems, batch_size)
+    return evaluate_answers(engine, task, check, max_problems, max_tokens, batch_size)
+
+
 def evaluate_answers(engine, task, check, max_problems, max_tokens, batch_size):
     """
     Let the model answer the problems of a task greedily -> (right ones, problems).

@@ -11,6 +11,9 @@ DATA_SHARDS=${DATA_SHARDS:-$7}            # training shards to download, 95 MB e
 MAX_CHARS=${MAX_CHARS:-$8}                # the tokenizer is trained on so many characters
 VOCAB_SIZE=${VOCAB_SIZE:-$9}
 SAVE_EVERY=${SAVE_EVERY:-${10}}           # about 15 minutes of an A100, half a minute of a tiny run
+CORE_METRIC_EVERY=${CORE_METRIC_EVERY:-0} # steps between evaluations of CORE while training; 0 = never
+CORE_ITEMS=${CORE_ITEMS:-${11}}           # items of each CORE task; 0 = all
+EVAL_PROBLEMS=${EVAL_PROBLEMS:-${12}}     # problems of each chat task; 0 = all
 DEVICE_BATCH_SIZE=${DEVICE_BATCH_SIZE:-0} # rows per micro-batch; 0 = the most that fit
 SFT_BATCH_SIZE=${SFT_BATCH_SIZE:-4}       # conversations per micro-batch
 WANDB_RUN=${WANDB_RUN:-}                  # name of the run in wandb; empty = log.jsonl alone
@@ -26,8 +29,10 @@ if [ "$CONFIG" = tiny ]; then
     # a tokenizer and text of its own, so a later demo run does not find them in its way
     export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat/tiny}
     base_config=(config/tiny_base.py) mid_config=(config/tiny_mid.py) sft_config=(config/tiny_sft.py)
+    base_tests=(--tasks=bpb,samples) chat_tests=(--embedded=1 --max_tokens=160)    # tests of its own, no download
 else
     base_config=() mid_config=() sft_config=(--device_batch_size="$SFT_BATCH_SIZE")
+    base_tests=(--core_max_per_task="$CORE_ITEMS") chat_tests=(--max_problems="$EVAL_PROBLEMS")
 fi
 # the launcher of the training stages: torchrun only where there are several processes
 launch() { if [ "$NPROC" = 1 ]; then python "$@"; else torchrun --standalone --nproc_per_node="$NPROC" "$@"; fi; }
@@ -56,11 +61,13 @@ fi
 
 stage "2. tokenizer"
 python tok_train.py --max_chars="$MAX_CHARS" --vocab_size="$VOCAB_SIZE" --num_shards="$DATA_SHARDS"
+python tok_eval.py --resume=1
 
 stage "3. pretraining: the next token of plain text"
 launch base_train.py "${base_config[@]}" --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" \
     --total_batch_size="$TOTAL_BATCH_SIZE" --num_iterations="$BASE_ITERATIONS" --num_shards="$DATA_SHARDS" \
-    --device_batch_size="$DEVICE_BATCH_SIZE" --save_every="$SAVE_EVERY" "${run_flags[@]}"
+    --device_batch_size="$DEVICE_BATCH_SIZE" --save_every="$SAVE_EVERY" --core_metric_every="$CORE_METRIC_EVERY" "${run_flags[@]}"
+launch base_eval.py --model_tag="$tag" --resume=1 "${base_tests[@]}"
 
 if [ -n "$downloads" ]; then
     wait "$downloads" || { echo "pipeline: the downloads failed, see above; run again to go on" >&2; exit 1; }
@@ -69,10 +76,12 @@ fi
 stage "4. mid-training: the chat format and many small tasks"
 launch mid_train.py "${mid_config[@]}" --model_tag="$tag" --num_iterations="$MID_ITERATIONS" \
     --device_batch_size="$DEVICE_BATCH_SIZE" --save_every="$SAVE_EVERY" "${run_flags[@]}"
+launch chat_eval.py --source=mid --model_tag="$tag" --resume=1 "${chat_tests[@]}"
 
 stage "5. fine-tuning: answers"
 launch chat_sft.py "${sft_config[@]}" --model_tag="$tag" --num_iterations="$SFT_ITERATIONS" \
     --save_every="$SAVE_EVERY" "${run_flags[@]}"
+launch chat_eval.py --source=sft --model_tag="$tag" --resume=1 "${chat_tests[@]}"
 
 stage "6. report and a first question"
 python report.py --model_tag="$tag"

@@ -16,13 +16,13 @@ if [ -z "${CONFIG:-}" ]; then
     else CONFIG=tiny; echo "CONFIG=tiny, because there is no NVIDIA GPU: embedded text, minutes on a CPU"; fi
 fi
 
-#          layers  tokens   tokens of  steps              shards     characters  tokens in    steps between
-#                  in a row one step   base   mid   sft   of text    for the tokenizer        checkpoints
+#          layers  tokens   tokens of  steps              shards     characters  tokens in    steps between  evaluated: items of a
+#                  in a row one step   base   mid   sft   of text    for the tokenizer        checkpoints    CORE task, problems
 case "$CONFIG" in
-    tiny)   set --  2   256     2048   1000  1500    60     0          10000000    4096    300 ;;
-    demo)   set -- 12  1024   524288    500   200   100    10         500000000   65536    300 ;;
-    small)  set -- 14  1536   524288   2000   500   200    22         500000000   65536    250 ;;
-    medium) set -- 16  2048   524288   5000  1000   500    52         500000000   65536    180 ;;
+    tiny)   set --  2   256     2048    800  1400    60     0          10000000    4096    200              0    0 ;;
+    demo)   set -- 12  1024   524288    500   200   100    10         500000000   65536    300            100  100 ;;
+    small)  set -- 14  1536   524288   2000   500   200    22         500000000   65536    250            250  200 ;;
+    medium) set -- 16  2048   524288   5000  1000   500    52         500000000   65536    180            500  500 ;;
     *) echo "CONFIG=$CONFIG: must be tiny, demo, small or medium (run_single_a100.sh has the full runs)" >&2; exit 1 ;;
 esac
 . ./pipeline.sh

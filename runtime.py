@@ -190,7 +190,7 @@ def memory_advice(device_batch_size):
         smaller = max(1, device_batch_size // 2)
         raise SystemExit(f"out of GPU memory with {device_batch_size} rows per micro-batch; run again with "
                          f"--device_batch_size={smaller} (the training stays the same), or with "
-                         "--gradient_checkpointing=True") from None
+                         "--gradient_checkpointing=1") from None
 
 
 def finish():

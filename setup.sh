@@ -13,8 +13,11 @@ if [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ]; then
     command -v cc >/dev/null || stop "no C compiler found, which Rust links with; install one (Debian, Ubuntu: apt install gcc)"
     if command -v uv >/dev/null; then
         [ -x .venv/bin/python ] || uv venv --quiet --python '>=3.10,<3.15' .venv || stop "uv could not make .venv"
-        # auto: the small CPU build of torch where there is no NVIDIA GPU
-        install() { uv pip install --quiet --python .venv/bin/python --torch-backend=auto "$@"; }
+        # auto: the small CPU build of torch where there is no NVIDIA GPU; from elsewhere, so it may be out of reach
+        install() {
+            uv pip install --quiet --python .venv/bin/python --torch-backend=auto "$@" 2>/dev/null ||
+                uv pip install --quiet --python .venv/bin/python "$@"
+        }
     else
         python=${PYTHON:-python3}
         command -v "$python" >/dev/null || stop "no $python found; install Python 3.10 or newer, or uv"
@@ -29,7 +32,7 @@ if [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ]; then
     if ! command -v cargo >/dev/null; then
         echo "setup: no Rust here, so the build fetches one of its own, which stays out of your system"
     fi
-    install --reinstall-package nanochat-rustbpe ./rustbpe 2>/dev/null || install --force-reinstall --no-deps ./rustbpe ||
+    install --force-reinstall --no-deps ./rustbpe ||
         stop "rustbpe/ did not build; install Rust from https://rustup.rs and run this again"
     .venv/bin/python -c 'from tokenizer import import_rustbpe; import_rustbpe()' || stop "rustbpe/ built, but it cannot be used"
     echo "$stamp" > .venv/stamp

@@ -37,6 +37,8 @@ SOURCES = {     # folder below task_data/: where its files come from, which file
     "arc": (f"{HUB}/datasets/allenai/ai2_arc/resolve/main/",
             [PARQUET % f"ARC-{subset}/{split}" for subset in ("Easy", "Challenge")
              for split in ("train", "test")]),
+    "humaneval": (f"{HUB}/datasets/openai/openai_humaneval/resolve/main/openai_humaneval/",
+                  [PARQUET % "test"]),           # its task: humaneval.py
     "identity": ("https://karpathy-public.s3.us-west-2.amazonaws.com/",
                  ["identity_conversations.jsonl"]),
     "words": ("https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/",

@@ -14,7 +14,9 @@ STAGES = [
     ["tok_train.py", "--vocab_size=1024", "--max_chars=1000000"],
     ["base_train.py", "config/tiny_base.py", "--num_iterations=30", "--save_every=20", "--resume=1"],
     ["mid_train.py", "config/tiny_mid.py", "--num_iterations=20", "--spelling_rows=500", "--identity_rows=200", "--resume=1"],
-    ["chat_sft.py", "config/tiny_sft.py", "--num_iterations=5", "--eval_metrics_max_problems=2", "--resume=1"],
+    ["chat_sft.py", "config/tiny_sft.py", "--num_iterations=5", "--resume=1"],
+    ["base_eval.py", "-a", "bpb,samples"],
+    ["chat_eval.py", "-i", "sft", "-x", "2", "--embedded=1", "--max_tokens=16"],
     ["report.py", "--copy_to="],
     ["chat_cli.py", "-p", "Who are you?", "--max_tokens=8"],
 ]

@@ -33,6 +33,7 @@ def test_values_are_printed_with_where_they_come_from(tmp_path, capsys):
 
 def test_types(tmp_path):
     assert run(tmp_path, "--learning_rate=1")[0]["learning_rate"] == 1.0
+    assert run(tmp_path, "--fast=1")[0]["fast"] is True
     assert run(tmp_path, "--run=123")[0]["run"] == "123"
     assert run(tmp_path, "-n", "3")[0]["num_shards"] == 3 and run(tmp_path, "-n=4")[0]["num_shards"] == 4
     assert run(tmp_path, "-p", "Why?")[0]["prompt"] == "Why?"
@@ -41,7 +42,7 @@ def test_types(tmp_path):
 @pytest.mark.parametrize("argv, words", [
     (["--lerning_rate=1"], "learning_rate"),
     (["--learning-rate=1"], "learning_rate"),
-    (["--depth=ten"], "int"), (["--depth=1.5"], "int"), (["--fast=yes"], "bool"), (["--fast=1"], "bool"),
+    (["--depth=ten"], "int"), (["--depth=1.5"], "int"), (["--fast=yes"], "bool"), (["--fast=2"], "bool"),
     (["--depth"], "--depth=VALUE"), (["depth=4"], "neither"), (["--"], "VALUE"), (["missing.py"], "neither"),
     (["--LIMIT=4"], "LIMIT"), (["--__name__=x"], "no knob"), (["-n"], "value is missing"),
 ])

@@ -1,0 +1,109 @@
+"""
+Test a chat model on six tasks: three multiple choice, three answered in words, numbers or code.
+
+reads   <stage>_checkpoints/<model_tag>/, tokenizer/, task_data/ (through tasks.py)
+writes  <stage>_checkpoints/<model_tag>/chat_eval.json
+run     python chat_eval.py -i sft
+        python chat_eval.py -i mid -a GSM8K,SpellingBee -x 100
+"""
+import json
+import math
+import os
+import time
+
+import humaneval
+import runtime
+import sandbox
+from checkpoint import load_model, source_of
+from common import RANK, atomic_write, duration, print0
+from configurator import configure
+from engine import Engine
+from metrics import evaluate_task
+from tasks import arc, check, gsm8k, identity, mmlu, simple_spelling, spelling_bee
+
+source = "sft"                 # -i: whose model: base, mid, sft, rl
+model_tag = ""                 # which model of that stage, like d12; "" = the only one there is
+step = 0                       # training step of the checkpoint; 0 = the newest
+tasks = ""                     # -a: names with commas between; "" = all
+max_problems = 0               # -x: problems of each task; 0 = all
+batch_size = 16                # problems at a time
+max_tokens = 512               # longest answer, in tokens
+embedded = False               # 1 = the tests of the tiny run, which need no download
+unsafe_exec = False            # 1 = run HumanEval's programs even where no sandbox can be had
+resume = 0                     # 1 = keep results there are of this checkpoint and these settings
+device = ""                    # cuda, mps or cpu; "" = the best there is
+dtype = ""                     # float32 or bfloat16; "" = as in training
+config = configure(globals())
+
+BASELINES = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}   # what guessing gives; 0 for all others
+CHATCORE = ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
+# greedy answers: the same model gets the same score every time
+
+
+def small_tests(meta):
+    """The tests of a model that was trained without downloads; it is asked for its own name."""
+    knobs = (meta["source"]["config"] if meta["stage"] == "sft" else meta["config"]) if meta["stage"] != "base" else {}
+    about = dict(name=knobs.get("assistant_name") or "nanochat", maker=knobs.get("assistant_maker", ""),
+                 facts=knobs.get("assistant_facts", ""))
+    return {"says its name": identity(**about, split="test"), "spells a word": simple_spelling(200, "test"),
+            "counts a letter": spelling_bee(100, "test", varied=False)}
+
+
+def chatcore(results, names):
+    """Mean over the tasks of how far the accuracy is from guessing to perfect; None if one is missing."""
+    if not all("accuracy" in results.get(name, {}) for name in names):
+        return None
+    centered = [(results[name]["accuracy"] - BASELINES.get(name, 0)) / (1 - BASELINES.get(name, 0)) for name in names]
+    return sum(centered) / len(centered)
+
+
+machine = runtime.start(device, dtype)
+model, tokenizer, meta, folder = load_model(source, machine, model_tag, step)
+runtime.use_numerics(machine, dtype, meta["machine"])
+model.compute_dtype = machine.dtype
+engine = Engine(model, tokenizer)
+path = os.path.join(folder, "chat_eval.json")
+tests = small_tests(meta) if embedded else {
+    "ARC-Easy": arc("Easy", "test"), "ARC-Challenge": arc("Challenge", "test"), "MMLU": mmlu("test"), "GSM8K": gsm8k("test"),
+    "HumanEval": humaneval.humaneval(), "SpellingBee": spelling_bee(256, "test")}
+wanted = [name.strip() for name in tasks.split(",") if name.strip()] or list(tests)
+if set(wanted) - set(tests):
+    raise SystemExit(f"tasks={tasks}: must be some of {','.join(tests)}")
+
+# results of the same weights stay; what is tested now takes the place of its own
+results = dict(stage=source, step=meta["step"], checkpoint=source_of(source, meta)["sha256"], tasks={}, seconds=0.0)
+if os.path.exists(path):
+    with open(path, encoding="utf-8") as f:
+        old = json.load(f)
+    results = old if old["checkpoint"] == results["checkpoint"] else results
+
+for name in wanted:
+    done = results["tasks"].get(name, {})
+    if resume and "accuracy" in done and done["max_problems"] == max_problems:
+        print0(f"{name}: {done['right']} of {done['total']}, there already")
+        continue
+    clock, check_answer = time.perf_counter(), check
+    if name == "HumanEval":
+        results["sandbox"] = sandbox.layers()
+        if not (sandbox.available() or unsafe_exec):
+            results["tasks"][name] = dict(skipped=sandbox.refusal())
+            print0(f"{name}: skipped, {results['tasks'][name]['skipped']}")
+            continue
+        print0(f"{name}: programs run behind {', '.join(sandbox.layers()) or 'nothing at all'}")
+        check_answer = lambda problem, answer: humaneval.check(problem, answer, unsafe=unsafe_exec).passed  # noqa: E731
+    right, total = evaluate_task(engine, tests[name], check_answer, max_problems, max_tokens, batch_size)
+    accuracy, seconds = right / total, time.perf_counter() - clock
+    stderr = math.sqrt(accuracy * (1 - accuracy) / total)
+    results["tasks"][name] = dict(right=right, total=total, accuracy=accuracy, stderr=stderr, seconds=seconds,
+                                  max_problems=max_problems)
+    results["seconds"] += seconds
+    print0(f"{name}: {right} of {total} = {100 * accuracy:.1f} % (standard error {100 * stderr:.1f} %), {duration(seconds)}")
+    results["chatcore"], results["chatcore5"] = chatcore(results["tasks"], CHATCORE), chatcore(results["tasks"], CHATCORE[:5])
+    if RANK == 0:                                   # after every task: a long evaluation is never lost
+        with atomic_write(path, "w") as f:
+            json.dump(results, f, indent=1)
+
+if results.get("chatcore") is not None:
+    print0(f"ChatCORE {results['chatcore']:.4f}, over the five tasks of the original's table {results['chatcore5']:.4f}")
+print0(f"chat_eval: {folder}, results in {path}")
+runtime.finish()

@@ -1,0 +1,60 @@
+"""
+HumanEval: complete a Python function; an answer is right when the function passes its tests.
+
+reads   task_data/humaneval/, which tasks.fetch() fills
+gives   the task (as those of tasks.py), and a check that runs what the model wrote: sandbox.py
+
+The 164 problems are for testing only: nothing here is ever trained on.
+"""
+import re
+
+import sandbox
+from tasks import PARQUET, from_parquet, must_be
+
+# The first block of code, with or without its language; an answer cut short has no closing fence.
+BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:^[ \t]*```|\Z)",
+                   re.DOTALL | re.MULTILINE | re.IGNORECASE)
+
+
+def humaneval(split="test", size=0):
+    """Functions to complete from their first line and docstring (164 test, no train)."""
+    must_be("split", split, ("test",))
+    columns = ["prompt", "canonical_solution", "test", "entry_point"]
+    return from_parquet("humaneval", [PARQUET % split], columns, humaneval_row, size)
+
+
+def humaneval_row(row):
+    """
+    The conversation of a problem, and what its check needs.
+
+    given: what stands above the function: imports, and in a few problems another function that
+        the tests call as well; an answer need not repeat it
+    """
+    given, _, _ = row["prompt"].partition(f"def {row['entry_point']}(")
+    question = f"Complete this Python function:\n\n```python\n{row['prompt'].strip()}\n```"
+    solution = f"{row['prompt']}{row['canonical_solution']}".strip()
+    return {"messages": [{"role": "user", "content": question},
+                         {"role": "assistant", "content": f"```python\n{solution}\n```"}],
+            "kind": "program", "given": given, "test": row["test"],
+            "entry_point": row["entry_point"]}
+
+
+def extract_code(answer):
+    """The code in an answer: its first ``` block; without one the whole text."""
+    block = BLOCK.search(answer)
+    return block[1] if block else answer
+
+
+def program(conversation, answer):
+    """The program that ends without an exception exactly when the answer is right."""
+    return "\n".join([conversation["given"], extract_code(answer), conversation["test"],
+                      f"check({conversation['entry_point']})\n"])
+
+
+def check(conversation, answer, timeout=5.0, unsafe=False):
+    """
+    Run an answer with the tests of its problem -> sandbox.Verdict; its .passed is the score.
+
+    answer: the assistant's text; timeout, unsafe and what is raised: see sandbox.run_program
+    """
+    return sandbox.run_program(program(conversation, answer), timeout, unsafe=unsafe)

@@ -1,0 +1,174 @@
+"""
+Runs a program that a model wrote, where its mistakes can do no harm.
+
+in    Python source that ends without an exception when it is right
+out   a Verdict: passed or not, why not, and how long it took
+
+Every program gets a fresh interpreter: a fork of the trainer would inherit its files, secrets and
+gigabytes of memory. The interpreter has none of the shell's variables, no open files, a process
+group and a clock of its own, and locks itself in before it looks at the program (jail.py). What it
+prints goes to /dev/null. The layers:
+
+namespaces    own network (none), processes (none), and files: the standard library
+rlimits       memory, processor time, open files, nothing written
+no_new_privs  root's powers dropped, and no way to others
+landlock      files again, by the kernel's rules for paths; works in containers too
+seccomp       system calls: no processes, signals, sockets, no changing of files
+
+All five are Linux. layers() tries which of them this kernel grants, and what it grants once must
+work every time. Without seccomp, or with neither namespaces nor landlock, nothing is run unless
+the caller says `unsafe`.
+
+What it is for: the mistakes of a model, such as an endless loop, all of the memory or a deleted
+folder. What it is not: a place for strangers' code. Program and judge share an interpreter, so
+one that is written against this very judge can claim to have passed: equal to everything, or
+with the nonce read from its pipe. The list of forbidden calls is finite, the kernel has holes,
+and time can be measured. For strangers take a virtual machine.
+"""
+import contextlib
+import functools
+import marshal
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+JAIL = os.path.join(os.path.dirname(os.path.abspath(__file__)), "jail.py")
+LAYERS = ("namespaces", "rlimits", "no_new_privs", "landlock", "seccomp")      # in jail's order
+START_SECONDS = 30           # for the interpreter itself: usually 0.05, more on a busy machine
+MAX_VERDICT = 1000           # bytes; ours is below, a program that found the pipe may write more
+
+
+class Verdict(NamedTuple):
+    passed: bool
+    reason: str              # one line, "" when passed
+    seconds: float           # of the program, without starting the interpreter
+
+
+def run_program(source, timeout=5.0, memory=1 << 30, unsafe=False):
+    """
+    Whether the program comes to its end without an exception.
+
+    timeout: seconds on the clock; memory: bytes of address space, the interpreter's 30 MB included
+    unsafe: run it with what layers there are, be they none
+    raises RuntimeError, one line, when the kernel grants too little, or less than a moment ago
+    """
+    if not unsafe and not available():
+        raise RuntimeError(refusal())
+    return run_in_jail(source, timeout, memory, layers())
+
+
+@functools.lru_cache(maxsize=1)
+def layers():
+    """The names of the layers that work here, tried one by one in children thrown away."""
+    active = ()
+    for name in LAYERS:
+        try:
+            if run_in_jail("pass", 5.0, 1 << 30, (*active, name)).passed:
+                active += (name,)
+        except RuntimeError:                         # refused; a half-made layer is never used
+            pass
+    return active
+
+
+def available():
+    """Whether the layers are enough to run a model's programs."""
+    files_are_safe = "namespaces" in layers() or "landlock" in layers()
+    return files_are_safe and {"no_new_privs", "seccomp"} <= set(layers())
+
+
+def refusal():
+    """The sentence for the reader when nothing can be run safely, "" otherwise."""
+    return "" if available() else (
+        "no sandbox for programs here: it takes Linux with seccomp and either user namespaces or "
+        f"Landlock, and this machine grants {', '.join(layers()) or 'none of its layers'}; "
+        "skipped (--unsafe_exec=1 runs them all the same)")
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def run_in_jail(source, timeout, memory, active):
+    """run_program with exactly these layers; RuntimeError when one of them cannot be had."""
+    nonce = secrets.token_hex(16).encode()
+    nonce_fd, w = os.pipe()                          # read by the judge, after the program
+    os.write(w, nonce)
+    os.close(w)
+    request = dict(source=source, layers=active, timeout=timeout, memory=memory,
+                   nonce_fd=nonce_fd)
+    try:
+        # -S -s: no site-packages, -B: no .pyc files. Not -I, so that the hash seed is heard: the
+        # order of a set must not decide whether an answer is right.
+        process = subprocess.Popen(
+            [sys.executable, "-S", "-s", "-B", JAIL], cwd="/", env={"PYTHONHASHSEED": "0"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True, pass_fds=[nonce_fd])
+    finally:
+        os.close(nonce_fd)
+    try:
+        # BrokenPipeError: it died at once, and has said why or not
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+            pipe.write(marshal.dumps(request))       # json would cost 5 ms to import
+        said, seconds = listen(process.stdout.fileno(), timeout)
+    finally:
+        stop(process)
+    ready, _, verdict = said.partition(b"\n")
+    if ready != b"ready":
+        raise RuntimeError(f"sandbox: {one_line(said) or 'the interpreter did not start'}")
+    return Verdict(*settle(verdict, nonce, seconds, timeout), seconds)
+
+
+def listen(fd, timeout):
+    """What comes out of the jail until it ends or its time is up -> (bytes, seconds)."""
+    said, start, deadline = b"", 0.0, time.monotonic() + START_SECONDS
+    poll = select.poll()                             # unlike select.select not limited to 1024 fds
+    poll.register(fd, select.POLLIN)
+    while len(said) <= MAX_VERDICT:
+        left = deadline - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
+            break
+        piece = os.read(fd, 4096)
+        if not piece:
+            break
+        if not said:                                 # "ready": the program's own clock starts
+            start = time.monotonic()
+            deadline = start + timeout
+        said += piece
+    return said, time.monotonic() - start
+
+
+def settle(verdict, nonce, seconds, timeout):
+    """(passed, reason) from the words after "ready"."""
+    if verdict == b"passed " + nonce:
+        return True, ""
+    if verdict.startswith(b"passed"):
+        return False, "it wrote a verdict of its own"
+    if not verdict:
+        return False, (f"not done after {timeout:g} s" if seconds >= timeout else
+                       "it left before its end (an exit, a crash or out of memory)")
+    return False, one_line(verdict)
+
+
+def stop(process):
+    """No process is left, whatever it was doing."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(0.05)                           # most end by themselves
+    if process.returncode is None:
+        process.terminate()                          # jail.wait_outside ends the program and waits
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+    # by force, and what an unsafe run has left behind; PermissionError: macOS, for only zombies
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+def one_line(text):
+    """Bytes from the inside as a short text without control characters: a model wrote them."""
+    words = " ".join(text.decode("utf-8", "replace").split())
+    return "".join(c if c.isprintable() else "?" for c in words)[:200]
