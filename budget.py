@@ -6,6 +6,7 @@ against the real model.
 """
 
 HEAD_DIM = 128               # dimensions of one attention head, where the width allows it
+MICRO_TOKENS = 65536         # most tokens of an automatic micro-batch: a GPU is busy long before
 
 # Dense bf16 matrix peak of a device in FLOP/s, from the makers' datasheets; the first name that
 # the device's own name contains counts. A device that is not here gets no MFU rather than a guess.
@@ -75,7 +76,7 @@ def micro_batches(rows, world_size, device_batch_size, free_bytes, model_config,
 
     The rows of a step are given by the configuration, the micro-batch by the memory, so a
     smaller GPU changes the speed and never the training. device_batch_size has to divide the
-    rows of a rank; 0 takes the largest that does and fits into free_bytes.
+    rows of a rank; 0 takes the largest that does, fits into free_bytes and has at most MICRO_TOKENS.
     """
     if rows % world_size:
         raise SystemExit(f"{rows} rows per step do not divide over {world_size} processes; use 1, 2, 4 or 8")
@@ -88,7 +89,8 @@ def micro_batches(rows, world_size, device_batch_size, free_bytes, model_config,
                          f"per process; the nearest that do are {below} and {above}")
     room = free_bytes - state_bytes(**model_config)
     row = row_bytes(**model_config, compute_bytes=compute_bytes, gradient_checkpointing=gradient_checkpointing)
-    B = device_batch_size or max((d for d in divisors if d * row <= room), default=1)
+    most = max(1, MICRO_TOKENS // model_config["sequence_len"])
+    B = device_batch_size or max((d for d in divisors if d * row <= room and d <= most), default=1)
     return B, rank_rows, rank_rows // B
 
 

@@ -149,6 +149,7 @@ class Progress:
         state = state or dict(seconds=0.0, tokens=0, loss=[0.0, 0.0])
         self.seconds, self.tokens = state["seconds"], state["tokens"]
         self.loss, self.step_seconds = Ema(0.9, *state["loss"]), Ema(0.9)
+        self.unsaid = 0.0                                        # training seconds since the last line
 
     def state(self):
         return dict(seconds=self.seconds, tokens=self.tokens, loss=[self.loss.total, self.loss.weight])
@@ -163,7 +164,9 @@ class Progress:
                        tokens_per_second=speed, mfu=mfu, seconds=self.seconds)
         smooth, left = self.loss.update(loss), self.total_steps - step - 1
         eta = self.step_seconds.update(step_seconds) * left
-        if step < self.start_step + 5 or step % 25 == 0 or left == 0:
+        self.unsaid += step_seconds
+        if step < self.start_step + 5 or self.unsaid > 1 or left == 0:   # of fast steps one a second
+            self.unsaid = 0.0
             print0(f"step {step:5d}/{self.total_steps} | loss {smooth:.4f} | lr x{lr_multiplier:.2f} | "
                    f"{1000 * step_seconds:.0f} ms | {speed:,.0f} tok/s | " +
                    (f"mfu {100 * mfu:.1f} % | " if mfu else "") + f"eta {duration(eta)}")
