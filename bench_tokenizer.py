@@ -1,0 +1,222 @@
+"""
+Time our tokenizer against the published rustbpe, Hugging Face tokenizers and tiktoken.
+
+Every figure comes from a process of its own, and the programs take turns, so that a busy machine
+is busy for all of them. CPU seconds are of all threads together, from the first document to the
+trained vocabulary; memory is what the process has at most above one that only reads the text.
+
+reads   one parquet file with a column `text`
+writes  nothing that stays
+run     pip install --target=peers rustbpe==0.1.0 tokenizers
+        python bench_tokenizer.py --text=shard_00000.parquet --peers=peers
+"""
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+from configurator import configure
+
+text = ""                      # the parquet file
+peers = ""                     # folder with the other trainers, never the environment; "" = only ours
+vocab_size = 65536             # tokens to learn, 256 bytes included
+max_chars = 0                  # characters of the text to use; 0 = all
+rounds = 3                     # runs of each program; the table shows medians
+num_threads = 0                # ours: counting threads; 0 = all cores
+encode_chars = 20_000_000      # characters to encode, from the end of the text
+measure = ""                   # set by this script itself: the one program to run in this process
+folder = ""                    # set by this script itself: where the vocabularies are handed over
+config = configure(globals(), show=False)
+
+PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+           r"|\s*[\r\n]|\s+(?!\S)|\s+")
+TRAINERS = {                   # measure: what the table calls it
+    "reading": "reading only",
+    "ours": "ours, iterator",
+    "parquet": "ours, parquet",
+    "published": "rustbpe (published)",
+    "huggingface": "tokenizers (HF)",
+}
+ENCODERS = {"encode": "ours, batch_encode", "tiktoken": "tiktoken"}
+
+
+def documents():
+    """The texts of the file, up to max_chars characters."""
+    import pyarrow.parquet as pq
+    num_chars = 0
+    for batch in pq.ParquetFile(text).iter_batches(1024, columns=["text"]):
+        for document in batch.column(0).to_pylist():
+            if document is None:
+                continue
+            document = document[:max_chars - num_chars] if max_chars else document
+            num_chars += len(document)
+            yield document
+            if num_chars == max_chars:
+                return
+
+
+def train_huggingface():
+    """Tokens learned by Hugging Face tokenizers, as bytes."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PATTERN), "isolated", False),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=0, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(documents(), trainer)
+
+    def to_bytes(token):       # it writes the 256 bytes as 256 printable characters, in this order
+        return bytes(byte_of[character] for character in token)
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    return lambda: [to_bytes(token) for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+
+
+def train(name):
+    """Runs one trainer; returns a function that gives the tokens, which is not part of the time."""
+    if name == "reading":
+        for _ in documents():
+            pass
+        return list
+    if name == "huggingface":
+        return train_huggingface()
+    import rustbpe
+    ours = getattr(rustbpe, "__crate__", "") == "nanochat-rustbpe"
+    assert ours == (name != "published"), f"{rustbpe.__file__} is not the rustbpe to measure as {name}"
+    tokenizer = rustbpe.Tokenizer()
+    options = dict(num_threads=num_threads) if ours else {}
+    if name == "parquet":
+        tokenizer.train_from_parquet(text, vocab_size, max_chars, pattern=PATTERN, **options)
+    else:
+        tokenizer.train_from_iterator(documents(), vocab_size, pattern=PATTERN, **options)
+    return lambda: [bytes(token) for token, _ in tokenizer.get_mergeable_ranks()]
+
+
+def cpu_seconds():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def peak_mb():
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)  # bytes there, kilobytes elsewhere
+
+
+def measure_training(name):
+    """CPU seconds, wall seconds and peak memory of one trainer; leaves its tokens in the folder."""
+    import pyarrow.parquet  # noqa: F401  imports are not what is measured
+    cpu, wall = cpu_seconds(), time.perf_counter()
+    get_tokens = train(name)
+    result = dict(cpu=cpu_seconds() - cpu, wall=time.perf_counter() - wall, peak=peak_mb())
+    with open(os.path.join(folder, name), "w") as f:
+        json.dump([token.hex() for token in get_tokens()], f)
+    return result
+
+
+def measure_encoding(name):
+    """MB per CPU second of one thread: the first pass over the text, and the best of three more."""
+    with open(os.path.join(folder, "parquet")) as f:
+        ranks = [(bytes.fromhex(token), i) for i, token in enumerate(json.load(f))]
+    chosen, num_chars = [], 0
+    for document in reversed(list(documents())):
+        chosen.append(document)
+        num_chars += len(document)
+        if num_chars >= encode_chars:
+            break
+    num_mb = sum(len(document.encode()) for document in chosen) / 1e6
+    if name == "tiktoken":
+        import tiktoken
+        encoding = tiktoken.Encoding("bench", pat_str=PATTERN, mergeable_ranks=dict(ranks), special_tokens={})
+
+        def encode():
+            return [i for document in chosen for i in encoding.encode_ordinary(document)]
+    else:
+        import rustbpe
+        tokenizer = rustbpe.Tokenizer.from_ranks(ranks, PATTERN)
+
+        def encode():
+            return tokenizer.batch_encode(chosen, num_threads=1)[0]
+    seconds = []
+    for _ in range(4):
+        start = cpu_seconds()
+        ids = encode()
+        seconds.append(cpu_seconds() - start)
+    digest = hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
+    return dict(first=num_mb / seconds[0], best=num_mb / min(seconds[1:]), digest=digest)
+
+
+def run_alone(name):
+    """What `measure` of this name prints, in a process of its own."""
+    environment = dict(os.environ)
+    if name in ("published", "huggingface"):
+        environment["PYTHONPATH"] = peers
+    flags = [f"--{knob}={value}" for knob, value in config.items() if knob not in ("measure", "folder")]
+    command = [sys.executable, os.path.abspath(__file__), *flags, f"--measure={name}", f"--folder={folder}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def agreement(name):
+    """How the tokens of one trainer compare with ours."""
+    with open(os.path.join(folder, "ours")) as f, open(os.path.join(folder, name)) as g:
+        ours, theirs = json.load(f), json.load(g)
+    if not theirs or name == "ours":
+        return ""
+    if ours == theirs:
+        return "identical"
+    same = len(set(ours) & set(theirs))
+    return f"{same:,} of {len(ours):,} tokens" + (" (order of ties differs)" if same > 0.99 * len(ours) else "")
+
+
+def print_training(results):
+    print(f"\n{'training':<22}{'CPU s':>8}{'wall s':>8}{'MB':>7}{'CPU / iterator':>16}{'CPU / parquet':>15}  tokens")
+    middle = {name: {key: median([run[key] for run in runs]) for key in runs[0]} for name, runs in results.items()}
+    for name, run in middle.items():
+        memory = run["peak"] - middle["reading"]["peak"]
+        ratios = ["", ""]
+        if name not in ("reading", "ours", "parquet"):
+            ratios = [f"{run['cpu'] / middle[ours]['cpu']:.1f}x" for ours in ("ours", "parquet")]
+        print(f"{TRAINERS[name]:<22}{run['cpu']:>8.2f}{run['wall']:>8.2f}{memory:>7.0f}{ratios[0]:>16}{ratios[1]:>15}"
+              f"  {agreement(name)}")
+
+
+def print_encoding(results):
+    print(f"\n{'encoding, 1 thread':<22}{'MB / CPU s':>12}{'first pass':>12}  ids")
+    same = len({run["digest"] for runs in results.values() for run in runs}) == 1
+    for name, runs in results.items():
+        best, first = (median([run[key] for run in runs]) for key in ("best", "first"))
+        print(f"{ENCODERS[name]:<22}{best:>12.1f}{first:>12.1f}  {'identical' if same else 'DIFFERENT'}")
+
+
+if not os.path.isfile(text):
+    raise SystemExit(f"--text={text}: name a parquet file with a column `text`")
+if measure:
+    print(json.dumps(measure_training(measure) if measure in TRAINERS else measure_encoding(measure)))
+    raise SystemExit
+
+names = [name for name in TRAINERS if peers or name not in ("published", "huggingface")]
+with tempfile.TemporaryDirectory() as folder:
+    training = {name: [] for name in names}
+    for round_number in range(rounds):
+        for name in names:
+            training[name].append(run_alone(name))
+            run = training[name][-1]
+            print(f"round {round_number + 1}: {TRAINERS[name]}: {run['cpu']:.2f} CPU s, {run['wall']:.2f} s")
+    encoding_runs = {name: [] for name in ENCODERS}
+    for _ in range(rounds):
+        for name in ENCODERS:
+            encoding_runs[name].append(run_alone(name))
+    print_training(training)
+    print_encoding(encoding_runs)
