@@ -24,15 +24,14 @@ NPROC=${NPROC:-1}                         # GPUs, or processes on a CPU
 export OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
 
 tag=d$DEPTH
-run_flags=(--run="$WANDB_RUN" --resume=1)
 if [ "$CONFIG" = tiny ]; then
     # a tokenizer and text of its own, so a later demo run does not find them in its way
     export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat/tiny}
-    base_config=(config/tiny_base.py) mid_config=(config/tiny_mid.py) sft_config=(config/tiny_sft.py)
-    base_tests=(--tasks=bpb,samples) chat_tests=(--embedded=1 --max_tokens=160)    # tests of its own, no download
+    base_flags=(config/tiny_base.py) mid_flags=(config/tiny_mid.py) sft_flags=(config/tiny_sft.py)
+    base_tests=(--tasks=bpb,samples) chat_tests=(--embedded=1 --max_tokens=160) references=    # tests of its own, no download
 else
-    base_config=() mid_config=() sft_config=(--device_batch_size="$SFT_BATCH_SIZE")
-    base_tests=(--core_max_per_task="$CORE_ITEMS") chat_tests=(--max_problems="$EVAL_PROBLEMS")
+    base_flags=(--core_metric_every="$CORE_METRIC_EVERY") mid_flags=(--embedded=0) sft_flags=(--device_batch_size="$SFT_BATCH_SIZE")
+    base_tests=(--core_max_per_task="$CORE_ITEMS") chat_tests=(--max_problems="$EVAL_PROBLEMS") references=gpt2,cl100k_base
 fi
 # the launcher of the training stages: torchrun only where there are several processes
 launch() { if [ "$NPROC" = 1 ]; then python "$@"; else torchrun --standalone --nproc_per_node="$NPROC" "$@"; fi; }
@@ -46,7 +45,7 @@ stage() {
 
 python plan.py --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$TOTAL_BATCH_SIZE" \
     --num_iterations="$BASE_ITERATIONS" --mid_iterations="$MID_ITERATIONS" --sft_iterations="$SFT_ITERATIONS" \
-    --num_shards="$DATA_SHARDS" --vocab_size="$VOCAB_SIZE" --device_batch_size="$DEVICE_BATCH_SIZE" "${base_config[@]}"
+    --num_shards="$DATA_SHARDS" --vocab_size="$VOCAB_SIZE" --device_batch_size="$DEVICE_BATCH_SIZE"
 if [ -n "${PLAN:-}" ]; then exit 0; fi
 
 stage "1. text"
@@ -61,12 +60,12 @@ fi
 
 stage "2. tokenizer"
 python tok_train.py --max_chars="$MAX_CHARS" --vocab_size="$VOCAB_SIZE" --num_shards="$DATA_SHARDS"
-python tok_eval.py --resume=1
+python tok_eval.py --references="$references" --resume=1
 
 stage "3. pretraining: the next token of plain text"
-launch base_train.py "${base_config[@]}" --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" \
+launch base_train.py "${base_flags[@]}" --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" \
     --total_batch_size="$TOTAL_BATCH_SIZE" --num_iterations="$BASE_ITERATIONS" --num_shards="$DATA_SHARDS" \
-    --device_batch_size="$DEVICE_BATCH_SIZE" --save_every="$SAVE_EVERY" --core_metric_every="$CORE_METRIC_EVERY" "${run_flags[@]}"
+    --device_batch_size="$DEVICE_BATCH_SIZE" --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
 launch base_eval.py --model_tag="$tag" --resume=1 "${base_tests[@]}"
 
 if [ -n "$downloads" ]; then
@@ -74,13 +73,13 @@ if [ -n "$downloads" ]; then
 fi
 
 stage "4. mid-training: the chat format and many small tasks"
-launch mid_train.py "${mid_config[@]}" --model_tag="$tag" --num_iterations="$MID_ITERATIONS" \
-    --device_batch_size="$DEVICE_BATCH_SIZE" --save_every="$SAVE_EVERY" "${run_flags[@]}"
+launch mid_train.py "${mid_flags[@]}" --model_tag="$tag" --num_iterations="$MID_ITERATIONS" \
+    --device_batch_size="$DEVICE_BATCH_SIZE" --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
 launch chat_eval.py --source=mid --model_tag="$tag" --resume=1 "${chat_tests[@]}"
 
 stage "5. fine-tuning: answers"
-launch chat_sft.py "${sft_config[@]}" --model_tag="$tag" --num_iterations="$SFT_ITERATIONS" \
-    --save_every="$SAVE_EVERY" "${run_flags[@]}"
+launch chat_sft.py "${sft_flags[@]}" --model_tag="$tag" --num_iterations="$SFT_ITERATIONS" \
+    --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
 launch chat_eval.py --source=sft --model_tag="$tag" --resume=1 "${chat_tests[@]}"
 
 stage "6. report and a first question"

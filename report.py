@@ -1,85 +1,363 @@
 """
-The report card: one table per stage, from nothing but the files that the stages have left.
+The report card: what was trained, what it cost and what came out, in one page with curves.
 
-reads   <stage>_checkpoints/<model_tag>/{meta_NNNNNN.json,log.jsonl}, tokenizer/meta.json
-writes  report/<model_tag>.md below the base folder, and report.md here
+A function of the files that the stages have left and of nothing else, so it can be made at any
+time, also in the middle of a run; what is not there yet is said to be missing.
+
+reads   <stage>_checkpoints/<model_tag>/{meta_NNNNNN.json,log.jsonl,eval.json,chat_eval.json},
+        tokenizer/{meta.json,eval.json}
+writes  report/<model_tag>.md and report/<model_tag>/curves.png below the base folder, and both here
 run     python report.py --model_tag=d12
 """
-import json
+import ast
+import math
 import os
+import platform
+import shutil
+import statistics
+import subprocess
+from urllib.parse import quote
 
-from checkpoint import FOLDERS, SCRIPTS, find_folder, is_finished, read_meta
-from common import atomic_write, base_path, duration, read_log
+from checkpoint import FOLDERS, SCRIPTS, is_finished
+from common import atomic_write, base_path, duration
 from configurator import configure
+from curves import at_end, draw, series, sparklines
+from engine import printable
+from results import (TITLES, answers, chain_remarks, evaluation_seconds, find_tag, read_json, read_stage, seconds_of,
+                     validation)
 
 model_tag = ""                 # which model; "" = the only one there is
 copy_to = "report.md"          # a copy beside the scripts; "" = none
+gpu_hour_price = 0.0           # what one GPU costs in an hour, in your money; 0 = no price
 config = configure(globals(), show=False)
 
-TITLES = dict(base="Pretraining", mid="Mid-training", sft="Fine-tuning", rl="Reinforcement learning")
+HERE = os.path.dirname(os.path.abspath(__file__))
+# The original nanochat's d20, 561M parameters, from its own report of October 2025.
+D20 = {
+    "CORE": dict(base=0.2219),
+    "ARC-Easy": dict(mid=0.3561, sft=0.3876),
+    "ARC-Challenge": dict(mid=0.2875, sft=0.2807),
+    "MMLU": dict(mid=0.3111, sft=0.3151),
+    "GSM8K": dict(mid=0.0250, sft=0.0455, rl=0.0758),
+    "HumanEval": dict(mid=0.0671, sft=0.0854),
+    "ChatCORE, five tasks": dict(mid=0.0730, sft=0.0884),
+}
+GUESSING = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}    # 0 for all that is not multiple choice
+VERDICTS = [(0.9, "yes"), (0.6, "mostly"), (0.2, "sometimes"), (0.02, "rarely"), (-math.inf, "no")]
+remarks = []                   # what a reader of the report has to know about missing or doubtful files
 
 
-def stage_rows(meta, log):
-    """What a stage was and came to, as (name, value) rows."""
-    progress, machine = meta["progress"], meta["machine"]
-    steps = [row for row in log if "loss" in row]
-    speed = progress["tokens"] / max(progress["seconds"], 1e-9)
-    mfu = [row["mfu"] for row in steps if row.get("mfu")]
-    yield "steps", f"{meta['step']:,} of {meta['num_iterations']:,}" + ("" if is_finished(meta) else " (not finished)")
-    yield "tokens trained on", f"{progress['tokens']:,}"
-    yield "training time", f"{duration(progress['seconds'])} ({speed:,.0f} tokens per second)"
-    if mfu:
-        yield "MFU (median)", f"{100 * sorted(mfu)[len(mfu) // 2]:.1f} %"
-    yield "memory (peak)", f"{meta['peak_memory'] / 1e9:.1f} GB"
-    yield "machine", f"{machine['name']}, {machine['dtype']}, torch {machine['torch']}"
-    if steps:
-        yield "training loss, first and last", f"{steps[0]['loss']:.3f}, {steps[-1]['loss']:.3f} nats per token"
-    if meta.get("val_bpb") is not None:
-        yield "validation", f"{meta['val_bpb']:.4f} bits per byte"
-    if meta.get("val_loss") is not None:
-        yield "validation", f"{meta['val_loss']:.4f} nats per token"
+def git_state():
+    """Commit of the scripts and whether they were changed since; "" outside of a repository of theirs."""
+    def git(*args):
+        done = subprocess.run(["git", "-C", HERE, *args], capture_output=True, text=True, timeout=20)
+        return done.stdout.strip() if done.returncode == 0 else ""
+    try:
+        top = git("rev-parse", "--show-toplevel")
+        if not top or os.path.realpath(top) != os.path.realpath(HERE):   # unpacked inside of another project
+            return ""
+        commit = git("rev-parse", "--short=10", "HEAD")
+        state = "with changes (dirty)" if git("status", "--porcelain", "-uno") else "clean"
+        return f"{commit}, {state}" if commit else ""
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
-def table(rows):
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+# ---------------------------------------------------------------------------------------------
+# 1. Sections: each function returns a list of paragraphs in markdown.
 
 
-def tokenizer_rows():
-    """The tokenizer's own numbers, as tok_train.py left them."""
-    with open(base_path("tokenizer", "meta.json"), encoding="utf-8") as f:
-        meta = json.load(f)
-    yield "tokens", f"{meta['vocab_size']:,}"
-    for name in ("bytes_per_token", "chars", "seconds"):
-        if name in meta:
-            yield name.replace("_", " "), f"{meta[name]:,.2f}" if isinstance(meta[name], float) else f"{meta[name]:,}"
+def cell(value):
+    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-tag = os.path.basename(find_folder("base", model_tag))
-parts = [f"# Report card of {tag}", "## Tokenizer", table(tokenizer_rows())]
-total_seconds, tests = 0.0, {}
-for stage, folder_name in FOLDERS.items():
-    folder = base_path(folder_name, tag)
-    meta, log = read_meta(folder), read_log(folder)
-    if meta is None:
-        if stage != "rl":
-            parts += [f"## {TITLES[stage]}", f"Not run yet: `python {SCRIPTS[stage]}`"]
-        continue
-    if stage == "base":
-        model = meta["model_config"]
-        parts.insert(1, f"{meta['params']['total']:,} parameters: {model['n_layer']} layers, width {model['n_embd']}, "
-                        f"{model['n_head']} heads, context {model['sequence_len']}, vocabulary {model['vocab_size']:,}.")
-    total_seconds += meta["progress"]["seconds"]
-    tests |= {row["test"]: (stage, row["right"], row["total"]) for row in log if "test" in row}
-    parts += [f"## {TITLES[stage]}", table(stage_rows(meta, log))]
-if tests:
-    parts += ["## What it can and can't do", "Measured on questions that it has not seen in training.",
-              table((name, f"{right} of {total} ({stage})") for name, (stage, right, total) in tests.items())]
-parts += [f"Training time of all stages: {duration(total_seconds)}."]
+def table(rows, head=("", "")):
+    """A markdown table; empty with no rows."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines) if rows else ""
 
-text = "\n\n".join(parts) + "\n"
-path = base_path("report", f"{tag}.md")
-for target in filter(None, (path, copy_to)):
-    with atomic_write(target, "w") as f:
-        f.write(text)
-print("\n".join(f"{name}: {right} of {total}" for name, (_, right, total) in tests.items()))
-print(f"the report card: {path}" + (f" and {copy_to}" if copy_to else ""))
+
+def plural(number, noun):
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def machine_text(machine):
+    """One line about the machine of a stage."""
+    count = machine.get("world_size", 1)
+    name = f"{count} x {machine.get('name', '?')}" if count > 1 else machine.get("name", "?")
+    on_cpu = machine.get("device") == "cpu" and "threads" in machine
+    threads = f", {plural(machine['threads'], 'thread')}" if on_cpu else ""
+    python = f", Python {machine['python']}" if "python" in machine else ""
+    return f"{name}, {machine.get('dtype', '?')}{threads}, torch {machine.get('torch', '?')}{python}"
+
+
+def header(tag, runs):
+    """Title, model, machine, versions."""
+    known = next((run["meta"] for run in runs.values() if "model_config" in run["meta"]), {})
+    shape, params = known.get("model_config"), known.get("params")
+    parts = [f"# Report card of {tag}"]
+    if shape:
+        parts.append((f"{params['total']:,} parameters: " if params else "") +
+                     f"{plural(shape['n_layer'], 'layer')}, width {shape['n_embd']}, "
+                     f"{plural(shape['n_head'], 'head')}, context {shape['sequence_len']:,}, "
+                     f"vocabulary {shape['vocab_size']:,}.")
+    machines = {}                                                # text -> the stages it holds for
+    for stage, run in runs.items():
+        if run["meta"].get("machine"):
+            machines.setdefault(machine_text(run["meta"]["machine"]), []).append(TITLES[stage])
+    rows = [("machine" if len(machines) == 1 else f"machine: {', '.join(stages)}", text)
+            for text, stages in machines.items()]
+    code = next((run["meta"]["machine"]["commit"] for run in reversed(runs.values())
+                 if run["meta"].get("machine", {}).get("commit")), "") or git_state()
+    rows += [("commit", code)] if code else []
+    rows += [("this page made with", f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")]
+    return [*parts, table(rows)]
+
+
+def changed_knobs(script, knobs):
+    """The knobs whose value is not the default in the script, as one line; all where there is no script."""
+    defaults = {}
+    try:
+        with open(os.path.join(HERE, script), encoding="utf-8") as f:
+            for node in ast.parse(f.read()).body:
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    try:
+                        defaults.setdefault(node.targets[0].id, ast.literal_eval(node.value))
+                    except ValueError:
+                        pass                                     # an expression, so no knob
+    except (OSError, SyntaxError):
+        pass
+    changed = [f"`{name}={value!r}`" for name, value in knobs.items()
+               if name not in ("resume", "run") and (name not in defaults or defaults[name] != value)]
+    return " ".join(changed) or "the defaults"
+
+
+def data_text(run):
+    """What a stage was trained on."""
+    meta = run["meta"]
+    rows = meta.get("rows", 0)
+    if "shards" in meta:
+        return f"{plural(len(meta['shards']), 'shard')} of text, {rows:,} rows per step"
+    conversations = meta.get("conversations")
+    if not conversations:
+        return ""
+    epochs = f", {meta['step'] * rows / conversations:.2f} epochs" if run["stage"] == "sft" else ""
+    return f"{conversations:,} conversations, {rows:,} rows per step{epochs}"
+
+
+def work_rows(run):
+    """How far a stage is and what it took, as (name, value) rows; "" where it is not known."""
+    meta, log = run["meta"], run["log"]
+    reached = max([meta.get("step", 0), *(step + 1 for step in series(log, "loss")[0][-1:])])
+    total = meta.get("num_iterations")
+    saved = f"checkpoint of step {meta['step']:,}" if meta else "no checkpoint yet"
+    yield "steps", (f"{reached:,} of {total:,}" if total else f"{reached:,}") + \
+        ("" if total and is_finished(meta) else f", not finished; {saved}")
+    yield "data", data_text(run)
+    tokens = int(meta.get("progress", {}).get("tokens", 0))
+    per_parameter = f", {tokens / meta['params']['total']:.1f} per parameter" if "params" in meta else ""
+    work = f", {tokens * meta['flops_per_token']:.1e} FLOP" if "flops_per_token" in meta else ""
+    yield "tokens trained on", f"{tokens:,}{per_parameter}{work}" if tokens else ""
+    yield "training time", duration(seconds_of(run))
+    speed, mfu = series(log, "tokens_per_second")[1], series(log, "mfu")[1]
+    yield "tokens per second, median", f"{statistics.median(speed):,.0f}" if speed else ""
+    yield "MFU, median", (f"{100 * statistics.median(mfu):.1f} %" if mfu else
+                          "not known: no peak for this machine in budget.py" if speed else "")
+    memory, rows = meta.get("peak_memory"), meta.get("device_batch_size", "?")
+    yield "memory, peak", f"{memory / 1e9:.1f} GB, micro-batches of {rows} rows" if memory else ""
+
+
+def result_rows(run):
+    """What came out of a stage, and the knobs that made it; rows as in work_rows."""
+    losses, text = series(run["log"], "loss")[1], run["text"]
+    yield "training loss, nats per token", \
+        f"{losses[0]:.3f} at first, {at_end(losses):.3f} at the end" if losses else ""
+    for key, unit in (("val_bpb", "bits per byte"), ("val_loss", "nats per token")):
+        value = validation(run, key)
+        yield f"validation, {unit}", f"{value:.4f}" if value is not None else ""
+    yield "evaluated once more, bits per byte", (f"{text['train_bpb']:.4f} on training text, {text['val_bpb']:.4f} on "
+                                                 "validation text" if "train_bpb" in text else "")
+    knobs = run["meta"].get("config")
+    yield "knobs that are not the defaults", changed_knobs(SCRIPTS[run["stage"]], knobs) if knobs else ""
+
+
+def core_details(text):
+    """CORE beside GPT-2, and its tasks folded away."""
+    if text.get("core") is None:
+        return []
+    most = text.get("settings", {}).get("core", {}).get("max_per_task")
+    gpt2 = ", ".join(f"{size} {value:.4f}" for size, value in text.get("gpt2_core", {}).items())
+    rows = [(label, f"{task['accuracy']:.4f}", f"{task['centered']:.4f}", f"{task['n']:,}")
+            for label, task in text.get("tasks", {}).items()]
+    return [f"CORE {text['core']:.4f}" + (f" (on at most {most:,} items of a task)" if most else "") +
+            (f"; GPT-2: {gpt2}." if gpt2 else "."),
+            "<details><summary>CORE, task by task</summary>",
+            table(rows, ("task", "accuracy", "centered", "items")), "</details>"]
+
+
+def standard_error(right, total):
+    """Of the share right / total; one more of each kind is assumed, or 18 of 18 would be a certainty."""
+    share = (right + 1) / (total + 2)
+    return math.sqrt(share * (1 - share) / total)
+
+
+def abilities(runs):
+    """What the newest stage with a test has right, in words and with a standard error."""
+    newest = {name: (stage, *numbers) for stage, run in runs.items() for name, numbers in answers(run).items()}
+    rows = []
+    for name, (stage, right, total) in newest.items():
+        share, error, chance = right / total, standard_error(right, total), GUESSING.get(name, 0.0)
+        known = (share - chance) / (1 - chance)                  # 0 = guesses, 1 = knows
+        verdict = "no better than guessing" if chance and share - 2 * error <= chance else \
+            next(word for least, word in VERDICTS if known >= least)
+        rows.append((name, verdict, f"{right:,} of {total:,}", f"{100 * share:.1f} % ± {100 * error:.1f}",
+                     f"{100 * chance:.0f} %" if chance else "", TITLES[stage].lower()))
+    skipped = [f"{name}: skipped, {task['skipped']}." for run in runs.values()
+               for name, task in run["chat"].get("tasks", {}).items() if "skipped" in task]
+    if not rows and not skipped:
+        return []
+    return ["## What it can and can't do",
+            "Measured on held-out questions; ± is one standard error. Right for 90 % is a yes, for 60 % mostly, for 20 % "
+            "sometimes, for 2 % rarely; of a multiple choice the part is counted that guessing does not explain.",
+            table(rows, ("", "", "right", "share", "guessing", "after")), *dict.fromkeys(skipped)]
+
+
+def summary(runs):
+    """The table of the stages, with the original's d20 in brackets."""
+    ours = {}                                                    # row -> {stage: number}
+    for stage, run in runs.items():
+        text, chat = run["text"], run["chat"]
+        numbers = {"validation, bits per byte": text.get("val_bpb", validation(run, "val_bpb")),
+                   "validation, nats per token": validation(run, "val_loss"), "CORE": text.get("core"),
+                   **{name: right / total for name, (right, total) in answers(run).items()},
+                   "ChatCORE, five tasks": chat.get("chatcore5"), "ChatCORE": chat.get("chatcore")}
+        for name, number in numbers.items():
+            if number is not None:
+                ours.setdefault(name, {})[stage] = number
+    order = ["validation, bits per byte", "validation, nats per token", *D20, *ours]
+    names = sorted(dict.fromkeys(order), key=lambda name: (name not in ours, name.startswith("ChatCORE")))
+    names = [name for name in names if name in ours or name in D20]
+
+    def both(name, stage):
+        number, theirs = ours.get(name, {}).get(stage), D20.get(name, {}).get(stage)
+        mine = f"{number:.4f}" if number is not None else "-" if theirs else ""
+        return mine + (f" ({theirs:.4f})" if theirs else "")
+
+    rows = [(name, *(both(name, stage) for stage in FOLDERS)) for name in names]
+    return ["## Summary", table(rows, ("", *map(str.upper, FOLDERS))),
+            "In brackets: the original nanochat's d20 (561M parameters, 11.2 billion tokens, 8 GPUs for 4 hours). "
+            "Bits per byte of BASE are of plain text, those of MID of an assistant's answers: compare them with other "
+            "runs, not with each other."]
+
+
+def costs(runs, tokenizer):
+    """Where the time went, and what it is in GPU-hours."""
+    parts = [("tokenizer", tokenizer.get("seconds", 0.0), 1)]
+    for stage, run in runs.items():
+        count = run["meta"].get("machine", {}).get("world_size", 1)
+        parts += [(TITLES[stage].lower(), seconds_of(run), count),
+                  (f"evaluation after {TITLES[stage].lower()}", evaluation_seconds(run), count)]
+    seconds, hours = sum(part[1] for part in parts), sum(part[1] * part[2] for part in parts) / 3600
+    rows = [(name, duration(part)) for name, part, _ in parts if part]
+    on_gpu = any(run["meta"].get("machine", {}).get("device") == "cuda" for run in runs.values())
+    cost = f"{hours:.2f} GPU-hours" if on_gpu else f"{hours:.2f} hours of a computer without an NVIDIA GPU"
+    price = f", at {gpu_hour_price:g} an hour: {gpu_hour_price * hours:.2f}" if gpu_hour_price and on_gpu else ""
+    return ["## Time and cost", table([*rows, ("in all", f"{duration(seconds)} ({cost}{price})")]),
+            "Downloads, starting up, saving and evaluations during training are not in it, nor steps that were "
+            "done twice after a crash: a rented GPU runs some percent longer."]
+
+
+def samples(runs):
+    """What the base model goes on with, as it is."""
+    texts = runs["base"]["text"].get("samples", []) if "base" in runs else []
+    if not texts:
+        return []
+    lines = [f"{prompt} | {printable(text)}".replace("\n", "\\n").replace("```", "'''") for prompt, text in texts]
+    return ["## Samples", "After pretraining: the prompt, a bar, and the likeliest words after it.",
+            "\n".join(["```text", *lines, "```"])]
+
+
+def tokenizer_part(meta):
+    """Vocabulary and compression, from tok_train.py and tok_eval.py."""
+    if not meta:
+        return ["## Tokenizer", "Not trained yet: `python tok_train.py`"]
+    seen = meta.get("seen", {})
+    rows = [("vocabulary", f"{meta.get('vocab_size', 0):,} tokens"),
+            ("learned from", f"{seen.get('chars', 0):,} characters, {seen.get('documents', 0):,} documents"),
+            ("training time", duration(meta.get("seconds", 0)))]
+    if "val_bytes_per_token" in meta:
+        rows.append(("validation text", f"{meta['val_bytes_per_token']:.3f} bytes per token"))
+    parts, result = ["## Tokenizer", table(rows)], read_json(base_path("tokenizer", "eval.json"), remarks)
+    if result and result.get("fingerprint") != meta.get("fingerprint"):
+        remarks.append("`tokenizer/eval.json` is of another tokenizer, so it is not shown: `python tok_eval.py`")
+    elif result:
+        names = list(result["vocab_sizes"])                      # ours first
+        rows = [(name, *(f"{text['bytes'] / text['tokens'][n]:.3f}" for n in names),
+                 *(f"{text['tokens'][n] / text['tokens'][names[0]]:.2f}" for n in names[1:]))
+                for name, text in result["texts"].items()]
+        sizes = [f"{name} ({size:,})" for name, size in result["vocab_sizes"].items()]
+        ratio = "; the last columns: how many tokens the others need for one of ours (above 1: ours is shorter)"
+        parts += ["Bytes per token, higher is better" + (ratio if names[1:] else "") + ".",
+                  table(rows, ("text", *sizes, *(f"{n} / ours" for n in names[1:])))]
+        if result.get("missing"):
+            parts.append(f"Without {', '.join(result['missing'])}: not on this machine, and not to be fetched.")
+    return parts
+
+
+def stage_part(stage, run):
+    """One stage's section."""
+    if run is None:
+        return [] if stage == "rl" else [f"## {TITLES[stage]}", f"Not run yet: `python {SCRIPTS[stage]}`"]
+    layers = run["chat"].get("sandbox")
+    rows = [row for row in (*work_rows(run), *result_rows(run)) if row[1]]
+    return [f"## {TITLES[stage]}", table(rows), *core_details(run["text"]),
+            *([f"HumanEval's programs ran behind: {', '.join(layers)}."] if layers else [])]
+
+
+# ---------------------------------------------------------------------------------------------
+# 2. The page
+
+tag = find_tag(model_tag)
+stages = {stage: read_stage(stage, tag, remarks) for stage in FOLDERS}
+runs = {stage: run for stage, run in stages.items() if run}
+tokenizer = read_json(base_path("tokenizer", "meta.json"), remarks)
+remarks += chain_remarks(runs)
+page_path, picture = base_path("report", f"{tag}.md"), base_path("report", tag, "curves.png")
+logs = [(TITLES[stage], run["log"]) for stage, run in runs.items()]
+drawn = draw(logs, picture)
+
+
+def curves_part(prefix):
+    """The picture, by a path relative to the page; without matplotlib lines of blocks."""
+    if drawn:
+        return ["## Curves", f"![Loss, bits per byte and speed of the stages]({prefix}{quote(tag)}/curves.png)"]
+    lines = sparklines(logs)
+    return ["## Curves", "Text instead of a picture, because matplotlib is not installed (`pip install matplotlib`):",
+            f"```text\n{lines}\n```"] if lines else []
+
+
+middle = [*abilities(runs), *samples(runs), *costs(runs, tokenizer), *tokenizer_part(tokenizer)]
+last = [part for stage, run in stages.items() for part in stage_part(stage, run)]
+first = [*header(tag, runs), *summary(runs)]
+if remarks:
+    first.insert(1, "\n".join(f"- **{remark}**" for remark in remarks))
+
+
+def page(prefix):
+    return "\n\n".join(filter(None, [*first, *curves_part(prefix), *middle, *last])) + "\n"
+
+
+with atomic_write(page_path, "w") as f:
+    f.write(page(""))
+if copy_to:
+    copy = os.path.join(HERE, copy_to)
+    with atomic_write(copy, "w") as f:
+        f.write(page("report/"))
+    if drawn:                                                    # the copy shows a picture beside itself
+        beside = os.path.join(os.path.dirname(copy), "report", tag, "curves.png")
+        with open(picture, "rb") as source, atomic_write(beside) as f:
+            shutil.copyfileobj(source, f)
+for name, (right, total) in {n: a for run in runs.values() for n, a in answers(run).items()}.items():
+    print(f"{name}: {right} of {total}")
+written = page_path + (f" and {copy_to}" if copy_to else "")
+print(f"the report card: {written}" + ("" if drawn else ", without a picture"))

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import time
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ class Machine:
     def describe(self):
         """What goes into a checkpoint's meta: a resumed run takes the same number format and threads."""
         return dict(name=self.name, device=self.device.type, dtype=self.dtype_name, threads=self.threads,
-                    world_size=WORLD_SIZE, torch=torch.__version__)
+                    world_size=WORLD_SIZE, torch=torch.__version__, python=platform.python_version())
 
 
 def start(device="", dtype="", threads=0):

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import ROOT
 
-SCRIPTS = ["base_eval", "base_train", "chat_eval", "chat_cli", "chat_sft", "mid_train", "plan", "report", "tok_train"]
+SCRIPTS = ["base_eval", "base_train", "chat_eval", "chat_cli", "chat_sft", "mid_train", "plan", "report", "tok_eval", "tok_train"]
 FILES = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, "*.py")))
 MODULES = [name for name in FILES if name not in SCRIPTS and not name.startswith(("test_", "bench_"))]
 PURE_TORCH = ["model", "muon"]
