@@ -15,7 +15,8 @@ import torch
 import runtime
 from background import start_background
 from budget import eval_rows, flops_per_token, micro_batches, model_shape, num_params, rows_per_step
-from checkpoint import FOLDERS, continue_from, is_finished, load_optimizers, load_weights, save_checkpoint
+from checkpoint import (FOLDERS, check_tokenizer, continue_from, is_finished, load_optimizers, load_weights,
+                        micro_batch_of, save_checkpoint)
 from common import RANK, WORLD_SIZE, Log, Progress, base_path, due, duration, lr_multiplier, print0
 from configurator import configure
 from core import evaluate_core, fetch_bundle
@@ -69,8 +70,11 @@ machine = runtime.start(device, dtype)
 tokenizer = load_tokenizer()
 checkpoint_dir = base_path(FOLDERS["base"], model_tag or f"d{depth}")
 meta = continue_from(checkpoint_dir, config, resume)
+if meta:
+    check_tokenizer(checkpoint_dir, meta, tokenizer)
 if is_finished(meta):
     print0(f"base_train: finished already, {meta['step']} steps in {checkpoint_dir}, val bpb {meta['val_bpb']:.4f}")
+    runtime.finish()
     raise SystemExit(0)
 start_step = meta["step"] if meta else 0
 
@@ -79,11 +83,13 @@ model_config = GPTConfig(sequence_len=max_seq_len, vocab_size=tokenizer.vocab_si
 params, flops = num_params(**vars(model_config)), flops_per_token(**vars(model_config))
 rows = rows_per_step(total_batch_size, max_seq_len)
 runtime.choose_numerics(machine, dtype, meta and meta["machine"], checkpoint_dir, model_config, rows)
-B, rank_rows, grad_accum_steps = micro_batches(rows, WORLD_SIZE, device_batch_size, machine.free_memory(),
-                                               vars(model_config), machine.dtype.itemsize, gradient_checkpointing)
+B, rank_rows, grad_accum_steps = micro_batches(
+    rows, WORLD_SIZE, device_batch_size or micro_batch_of(meta), machine.free_memory(), vars(model_config),
+    machine.dtype.itemsize, gradient_checkpointing)
 tokens_per_step = rows * max_seq_len
 total_steps = num_iterations or round(target_param_data_ratio * params["total"] / tokens_per_step)
-assert total_steps > 0, "num_iterations and target_param_data_ratio leave no step to train"
+if total_steps < 1:
+    raise SystemExit(f"num_iterations={num_iterations}, target_param_data_ratio={target_param_data_ratio}: no step to train")
 print0(f"d{depth}: {params['total']:,} parameters, {total_steps:,} steps of {rows} rows = {tokens_per_step:,} tokens "
        f"({grad_accum_steps} x {WORLD_SIZE} micro-batches of {B}), {total_steps * tokens_per_step:,} in all")
 print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads")
@@ -119,7 +125,7 @@ for step in range(start_step, total_steps + 1):
 
     # once in a while: bits per byte, then save; what may fail or run out of memory comes after
     if due(step, eval_every, last):
-        with runtime.memory_advice(B):
+        with runtime.memory_advice(B, rank_rows):
             val_bpb = evaluate_bpb(forward, val_stream, token_bytes, many_rows if last else few_rows,
                                    B, max_seq_len, machine.device)
         print0(f"step {step:5d}/{total_steps} | val bpb {val_bpb:.4f}")
@@ -133,7 +139,7 @@ for step in range(start_step, total_steps + 1):
     if RANK == 0 and due(step, sample_every, last):
         for prompt, text in continue_prompts(Engine(model, tokenizer)):
             print0(f"  {prompt} |{printable(text)!r}")
-    if core_metric_every and step > start_step and due(step, core_metric_every, last):
+    if core_metric_every and due(step, core_metric_every, last):
         _, core_score = evaluate_core(model, tokenizer, core_metric_max_per_task)
         print0(f"step {step:5d}/{total_steps} | CORE {core_score:.4f}")
         log.write(step, core=core_score)
@@ -143,11 +149,11 @@ for step in range(start_step, total_steps + 1):
     # one optimizer step: the loss summed over all targets of the step, divided by their number
     machine.synchronize()
     clock = time.perf_counter()
-    x, y = train_stream.batch_at(step * rows + RANK * rank_rows, rank_rows, max_seq_len)
+    x, y = train_stream.batch_at(step * rows + RANK * rank_rows, rank_rows, max_seq_len, (step + 1) * rows)
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
     set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
-    with runtime.memory_advice(B):
+    with runtime.memory_advice(B, rank_rows):
         for first in range(0, rank_rows, B):
             micro = slice(first, first + B)
             loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device)) / tokens_per_step

@@ -5,6 +5,8 @@ Plain numbers in, plain numbers out; no torch. tests/test_budget.py holds the pa
 against the real model.
 """
 
+import re
+
 HEAD_DIM = 128               # dimensions of one attention head, where the width allows it
 MICRO_TOKENS = 65536         # most tokens of an automatic micro-batch: a GPU is busy long before
 
@@ -20,7 +22,9 @@ PEAK_FLOPS = {
 
 def peak_flops(device_name):
     """FLOP/s of the device in bf16, or 0.0 when it is not in the table."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0.0)
+    if "Laptop" in device_name:                      # slower than the card of the same name
+        return 0.0
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), 0.0)
 
 
 def model_shape(depth, head_dim=0):
@@ -79,7 +83,8 @@ def micro_batches(rows, world_size, device_batch_size, free_bytes, model_config,
     rows of a rank; 0 takes the largest that does, fits into free_bytes and has at most MICRO_TOKENS.
     """
     if rows % world_size:
-        raise SystemExit(f"{rows} rows per step do not divide over {world_size} processes; use 1, 2, 4 or 8")
+        fitting = [n for n in range(1, rows + 1) if rows % n == 0]
+        raise SystemExit(f"{rows} rows per step do not divide over {world_size} processes; take one of {fitting[:8]}")
     rank_rows = rows // world_size
     divisors = [d for d in range(1, rank_rows + 1) if rank_rows % d == 0]
     if device_batch_size and device_batch_size not in divisors:
@@ -92,6 +97,17 @@ def micro_batches(rows, world_size, device_batch_size, free_bytes, model_config,
     most = max(1, MICRO_TOKENS // model_config["sequence_len"])
     B = device_batch_size or max((d for d in divisors if d * row <= room and d <= most), default=1)
     return B, rank_rows, rank_rows // B
+
+
+CPU_BYTES = 1e9                # what a training step may take of a CPU's memory
+
+
+def usable_bytes(gpu_bytes):
+    """
+    Of a GPU's memory what weights, optimizer and activations may take: a tenth stays for
+    fragments, 4 GB for one chunk of logits with its gradient and for workspaces.
+    """
+    return 0.9 * gpu_bytes - 4e9
 
 
 def state_bytes(n_layer, n_embd, n_head, n_kv_head, vocab_size, sequence_len=0):

@@ -64,7 +64,6 @@ def epoch_tokens(stream, conversations):
     The mixture is shuffled, so the first file is a fair sample (within about a percent), and the
     run need not wait until the last one is made to know its length.
     """
-    stream.known_tokens
     while not stream.ends:
         stream.open_next()
     return round(stream.ends[0] * len(conversations) / min(FILE_CONVERSATIONS, len(conversations)))

@@ -30,7 +30,7 @@ batch_size = 16                # problems at a time
 max_tokens = 512               # longest answer, in tokens
 embedded = False               # 1 = the tests of the tiny run, which need no download
 unsafe_exec = False            # 1 = run HumanEval's programs even where no sandbox can be had
-resume = 0                     # 1 = keep results there are of this checkpoint and these settings
+resume = 0                     # 1 = keep what chat_eval.json has of this checkpoint and these settings
 device = ""                    # cuda, mps or cpu; "" = the best there is
 dtype = ""                     # float32 or bfloat16; "" = as in training
 config = configure(globals())
@@ -77,17 +77,29 @@ if os.path.exists(path):
         old = json.load(f)
     results = old if old["checkpoint"] == results["checkpoint"] else results
 
+settings = dict(max_problems=max_problems, max_tokens=max_tokens, dtype=machine.dtype_name)
+
+
+def save_results():
+    """After every task: a long evaluation is never lost."""
+    results["chatcore"], results["chatcore5"] = chatcore(results["tasks"], CHATCORE), chatcore(results["tasks"], CHATCORE[:5])
+    if RANK == 0:
+        with atomic_write(path, "w") as f:
+            json.dump(results, f, indent=1)
+
+
 for name in wanted:
     done = results["tasks"].get(name, {})
-    if resume and "accuracy" in done and done["max_problems"] == max_problems:
+    if resume and "accuracy" in done and done["settings"] == settings:
         print0(f"{name}: {done['right']} of {done['total']}, there already")
         continue
     clock, check_answer = time.perf_counter(), check
     if name == "HumanEval":
         results["sandbox"] = sandbox.layers()
         if not (sandbox.available() or unsafe_exec):
-            results["tasks"][name] = dict(skipped=sandbox.refusal())
-            print0(f"{name}: skipped, {results['tasks'][name]['skipped']}")
+            results["tasks"].setdefault(name, dict(skipped=sandbox.refusal()))
+            print0(f"{name}: skipped, {sandbox.refusal()}")
+            save_results()
             continue
         print0(f"{name}: programs run behind {', '.join(sandbox.layers()) or 'nothing at all'}")
         check_answer = lambda problem, answer: humaneval.check(problem, answer, unsafe=unsafe_exec).passed  # noqa: E731
@@ -95,13 +107,10 @@ for name in wanted:
     accuracy, seconds = right / total, time.perf_counter() - clock
     stderr = math.sqrt(accuracy * (1 - accuracy) / total)
     results["tasks"][name] = dict(right=right, total=total, accuracy=accuracy, stderr=stderr, seconds=seconds,
-                                  max_problems=max_problems)
+                                  settings=settings)
     results["seconds"] += seconds
     print0(f"{name}: {right} of {total} = {100 * accuracy:.1f} % (standard error {100 * stderr:.1f} %), {duration(seconds)}")
-    results["chatcore"], results["chatcore5"] = chatcore(results["tasks"], CHATCORE), chatcore(results["tasks"], CHATCORE[:5])
-    if RANK == 0:                                   # after every task: a long evaluation is never lost
-        with atomic_write(path, "w") as f:
-            json.dump(results, f, indent=1)
+    save_results()
 
 if results.get("chatcore") is not None:
     print0(f"ChatCORE {results['chatcore']:.4f}, over the five tasks of the original's table {results['chatcore5']:.4f}")

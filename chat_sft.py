@@ -17,8 +17,8 @@ import torch
 import runtime
 from budget import flops_per_token, micro_batches
 from chat_data import padded_batch
-from checkpoint import (FOLDERS, continue_from, find_folder, is_finished, load_model, load_optimizers, load_weights,
-                        read_meta, save_checkpoint, source_of)
+from checkpoint import (FOLDERS, check_finished, continue_from, find_folder, is_finished, load_model, load_optimizers,
+                        load_weights, micro_batch_of, read_meta, save_checkpoint, source_of)
 from common import RANK, WORLD_SIZE, Log, Progress, base_path, due, duration, lr_multiplier, print0
 from configurator import configure
 from engine import Engine
@@ -67,15 +67,18 @@ config = configure(globals())
 machine = runtime.start(device, dtype)
 source_folder = find_folder(source, model_tag)
 source_meta = read_meta(source_folder)
+check_finished(source_folder, source_meta)
 parent = source_of(source, source_meta)
 checkpoint_dir = base_path(FOLDERS["sft"], os.path.basename(source_folder))
 meta = continue_from(checkpoint_dir, config, resume, parent)
 if is_finished(meta):
     print0(f"chat_sft: finished already, {meta['step']} steps in {checkpoint_dir}, val loss {meta['val_loss']:.4f}")
+    runtime.finish()
     raise SystemExit(0)
 start_step = meta["step"] if meta else 0
 runtime.use_numerics(machine, dtype, (meta or source_meta)["machine"])
 
+free_bytes = machine.free_memory()                              # before the weights are there
 # weights: the stage before's, or those where this stage had got to
 model, tokenizer, source_meta, _ = load_model(source, machine, os.path.basename(source_folder), source_meta["step"],
                                               gradient_checkpointing)
@@ -105,8 +108,9 @@ train_data, val_data = mixture(train_tasks), mixture(val_tasks)
 # the batch
 max_seq_len, flops = model.config.sequence_len, flops_per_token(**vars(model.config))
 rows = target_examples_per_step
-B, rank_rows, grad_accum_steps = micro_batches(rows, WORLD_SIZE, device_batch_size, machine.free_memory(),
-                                               vars(model.config), machine.dtype.itemsize, gradient_checkpointing)
+B, rank_rows, grad_accum_steps = micro_batches(
+    rows, WORLD_SIZE, device_batch_size or micro_batch_of(meta), free_bytes, vars(model.config),
+    machine.dtype.itemsize, gradient_checkpointing)
 total_steps = meta["num_iterations"] if meta else num_iterations or max(1, len(train_data) // rows)
 print0(f"{len(train_data):,} conversations, {total_steps:,} steps of {rows} "
        f"({grad_accum_steps} x {WORLD_SIZE} micro-batches of {B}), {total_steps * rows / len(train_data):.2f} epochs")
@@ -121,10 +125,11 @@ for step in range(start_step, total_steps + 1):
 
     # once in a while: the loss on held-out answers, then save; what may fail comes after
     if due(step, eval_every, last):
-        numbers = range(RANK * B, min(eval_examples, len(val_data)), WORLD_SIZE * B)
-        with runtime.memory_advice(B):
-            val_loss = evaluate_loss(model, (padded_batch(val_data, range(i, i + B), tokenizer, max_seq_len)
-                                             for i in numbers), machine.device)
+        count = min(eval_examples, len(val_data))
+        batches = (padded_batch(val_data, range(i, min(i + B, count)), tokenizer, max_seq_len)
+                   for i in range(RANK * B, count, WORLD_SIZE * B))
+        with runtime.memory_advice(B, rank_rows):
+            val_loss = evaluate_loss(model, batches, machine.device)
         print0(f"step {step:5d}/{total_steps} | val loss {val_loss:.4f}")
         log.write(step, val_loss=val_loss)
     if step > start_step and due(step, save_every, last):
@@ -152,7 +157,7 @@ for step in range(start_step, total_steps + 1):
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
     set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
-    with runtime.memory_advice(B):
+    with runtime.memory_advice(B, rank_rows):
         for x, y in batches:
             loss = model(to_device(x, machine.device), to_device(y, machine.device)) / max(1, num_targets)
             loss.backward()

@@ -22,7 +22,7 @@ SCRIPTS = dict(base="base_train.py", mid="mid_train.py", sft="chat_sft.py", rl="
 KEEP = 2                       # checkpoints of a stage that stay on the disk: the newest and the one before
 
 # knobs that may differ when a run is continued: they change how it runs or what it prints
-FREE_KNOBS = {"run", "resume", "model_tag", "device", "device_batch_size", "compile_model", "gradient_checkpointing",
+FREE_KNOBS = {"run", "resume", "model_tag", "device", "dtype", "device_batch_size", "compile_model", "gradient_checkpointing",
               "save_every", "eval_every", "eval_tokens", "eval_examples", "sample_every", "eval_metrics_every",
               "eval_metrics_max_problems", "core_metric_every", "core_metric_max_per_task", "final_eval_tokens"}
 
@@ -34,6 +34,9 @@ def save_checkpoint(folder, step, model, optimizers, meta):
     meta: JSON data; "step", "model_config" and "files" are added. Older steps are removed after.
     """
     os.makedirs(folder, exist_ok=True)
+    if RANK == 0:
+        remove_leftovers(folder)
+    barrier()                                                    # before any rank writes
     if RANK == 0:
         save_tensors(path_of(folder, "model", step), model.state_dict())
     save_tensors(path_of(folder, "optim", step), [o.state_dict() for o in optimizers])
@@ -52,8 +55,12 @@ def save_checkpoint(folder, step, model, optimizers, meta):
 
 
 def save_tensors(path, data):
+    """torch.save to a file that appears whole; a full disk is an OSError, as in any other file."""
     with atomic_write(path) as f:
-        torch.save(data, f)
+        try:
+            torch.save(data, f)
+        except RuntimeError as error:                            # torch's zip writer hides the cause
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def path_of(folder, kind, step, rank=RANK):
@@ -73,6 +80,15 @@ def steps_in(folder):
     """Steps with a complete checkpoint, ascending."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"meta_(\d{6,})\.json", name)))
+
+
+def remove_leftovers(folder):
+    """Remove what a crash in the middle of saving has left: files of a step that has no meta."""
+    whole = steps_in(folder)
+    for name in os.listdir(folder):
+        part = re.fullmatch(r"(model|optim|meta)_(\d{6,})(_rank\d+)?\.(pt|json)(\.\d+\.tmp)?", name)
+        if part and (part[5] or int(part[2]) not in whole):
+            os.remove(os.path.join(folder, name))
 
 
 def remove_step(folder, step):
@@ -121,18 +137,37 @@ def continue_from(folder, config, resume, source=None):
     meta = read_meta(folder)
     if meta is None:
         return None
+    beside = "move the folder away to train anew" + ("" if source else ", or train beside it with another --model_tag")
     if not resume:
-        raise SystemExit(f"{folder}: holds a checkpoint of step {meta['step']}; --resume=1 continues it, "
-                         "another --model_tag trains beside it")
+        raise SystemExit(f"{folder}: holds a checkpoint of step {meta['step']}; --resume=1 continues it, or {beside}")
     changed = [k for k, v in config.items() if k in meta["config"] and k not in FREE_KNOBS and meta["config"][k] != v]
     if changed:
         k = changed[0]
-        raise SystemExit(f"{folder}: trained with {k}={meta['config'][k]!r}, this run asks for {config[k]!r}; set it "
-                         "back, or train beside it with another model_tag, or move the folder away")
+        raise SystemExit(f"{folder}: trained with {k}={meta['config'][k]!r}, this run asks for {config[k]!r}; "
+                         f"set it back, or {beside}")
     if source and meta["source"]["sha256"] != source["sha256"]:
         raise SystemExit(f"{folder}: was trained from another {source['stage']} checkpoint than the one there now; "
                          "move the folder away to train this stage again")
     return meta
+
+
+def check_tokenizer(folder, meta, tokenizer):
+    """End the run where a checkpoint was made with another vocabulary than the one in place."""
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise SystemExit(f"{folder}: was trained with another tokenizer than the one in {base_path('tokenizer')}; "
+                         "put its own back, or move the folder away")
+
+
+def check_finished(folder, meta):
+    """End the run where the stage before has not reached its last step."""
+    if not is_finished(meta):
+        raise SystemExit(f"{folder}: only at step {meta['step']} of {meta['num_iterations']}; finish it first, with "
+                         f"{SCRIPTS[meta['stage']]} --resume=1")
+
+
+def micro_batch_of(meta):
+    """The micro-batch of the run that is continued, so that it rounds alike; 0 where it must be chosen anew."""
+    return meta["device_batch_size"] if meta and meta["world_size"] == WORLD_SIZE else 0
 
 
 def load_weights(folder, model, meta):
@@ -181,8 +216,7 @@ def load_model(stage, machine, model_tag="", step=0, gradient_checkpointing=Fals
         raise SystemExit(f"source={stage}: must be one of {', '.join(FOLDERS)}")
     folder = find_folder(stage, model_tag)
     meta, tokenizer = read_meta(folder, step), load_tokenizer()
-    if meta["tokenizer"] != tokenizer.fingerprint:
-        raise SystemExit(f"{folder}: was trained with another tokenizer than {base_path('tokenizer')}; put its own back")
+    check_tokenizer(folder, meta, tokenizer)
     model = GPT(GPTConfig(**meta["model_config"]), machine.dtype, gradient_checkpointing)
     load_weights(folder, model, meta)
     return model.to(machine.device), tokenizer, meta, folder

@@ -15,7 +15,7 @@ MIRROR = (os.environ.get("NANOCHAT_MIRROR") or "").rstrip("/")   # fetches <url>
 RANK = int(os.environ.get("RANK", 0))                            # torchrun sets these three
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-HAS_WANDB_KEY = bool(os.environ.get("WANDB_API_KEY"))
+WANDB_IS_SET_UP = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
 
 
 def base_path(*parts):
@@ -173,13 +173,13 @@ class Progress:
 
 
 def start_wandb(run, config):
-    """A wandb run, offline where no key is set (wandb would ask for one); None if not installed."""
+    """A wandb run, offline where there is no key (wandb would ask for one); None if not installed."""
     try:
         import wandb
     except ImportError:
         print0(f"run={run}: wandb is not installed, so the run is logged to log.jsonl alone")
         return None
-    mode = None if HAS_WANDB_KEY else "offline"
+    mode = None if WANDB_IS_SET_UP or wandb.api.api_key else "offline"    # api_key: after `wandb login`
     return wandb.init(project="nanochat", name=run, config=config, mode=mode)
 
 

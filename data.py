@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from background import start_background  # noqa: F401  for the stages
-from common import WORLD_SIZE, atomic_write, base_path
+from common import atomic_write, base_path
 from configurator import configure
 from download import HUB, check_parquet, download
 
@@ -292,20 +292,20 @@ class TokenStream:
         self.files.append((tokens, mask))
         self.ends.append((self.ends[-1] if self.ends else 0) + len(tokens))
 
-    def batch_at(self, row, B, T):
+    def batch_at(self, row, B, T, step_end=0):
         """
         Rows row .. row+B-1: row r begins at token r * T of the ring.
 
         Rank k of n takes rows (step * n + k) * B and so on: disjoint, and together the same rows
         that one process would take.
 
+        step_end: the row after the step's last, of all ranks; then all wait for the same files, and
+            none enters the exchange of gradients while another still waits for text
         returns x, y: (B, T) int64; y[b, t] is the token after x[b, t], or -1 where it isn't scored
         """
         start, n = row * T, B * T + 1             # B rows lie side by side; y needs one token more
-        # The other ranks wait for our files. If those stop coming, all must end, not just they.
-        if WORLD_SIZE > 1 and self.still_coming and len(self.files) < len(self.paths):
-            self.still_coming()
-        while len(self.files) < len(self.paths) and (not self.ends or self.ends[-1] < start + n):
+        need = max(start + n, step_end * T + 1)
+        while len(self.files) < len(self.paths) and (not self.ends or self.ends[-1] < need):
             self.open_next()
         if self.ends[-1] < T + 1:
             raise SystemExit(f"{self.paths[0]} and on: {self.ends[-1]} tokens in all, a row of {T} "

@@ -18,8 +18,8 @@ import runtime
 from background import start_background
 from budget import eval_rows, flops_per_token, micro_batches, rows_per_step
 from chat_data import conversation_files, epoch_tokens, make_conversation_files, remove_files
-from checkpoint import (FOLDERS, continue_from, find_folder, is_finished, load_model, load_optimizers, load_weights,
-                        read_meta, save_checkpoint, source_of)
+from checkpoint import (FOLDERS, check_finished, continue_from, find_folder, is_finished, load_model, load_optimizers,
+                        load_weights, micro_batch_of, read_meta, save_checkpoint, source_of)
 from common import RANK, WORLD_SIZE, Log, Progress, base_path, due, duration, lr_multiplier, print0
 from configurator import configure
 from data import TokenStream
@@ -32,8 +32,8 @@ model_tag = ""                 # which base model; "" = the only one there is
 # the mixture
 embedded = False               # 1 = only tasks that need no download
 assistant_name = ""            # what the model is called; "" = nanochat's own identity, which is downloaded
-assistant_maker = "the people who ran this training"  # who made it
-assistant_facts = ""           # what it says about itself, sentences divided by ;
+assistant_maker = "the people who ran this training"  # who made it; counts where assistant_name is set
+assistant_facts = ""           # what it says about itself, sentences divided by ; likewise
 identity_rows = 1000           # conversations about that, where they are made here
 spelling_rows = 200000         # SimpleSpelling: spell a word
 spelling_bee_rows = 80000      # SpellingBee: count a letter in a word
@@ -41,7 +41,7 @@ spelling_bee_rows = 80000      # SpellingBee: count a letter in a word
 num_iterations = 0             # optimizer steps; 0 = one epoch of the mixture
 # batch
 total_batch_size = 0           # tokens per optimizer step; 0 = as in pretraining
-device_batch_size = 0          # B, rows per micro-batch; 0 = as in pretraining; never changes the training
+device_batch_size = 0          # B, rows per micro-batch; 0 = the most that fit; never changes the training
 gradient_checkpointing = False  # 1 = less memory, slower
 # optimizer
 matrix_lr = 0.02               # Muon, the matrices
@@ -69,15 +69,19 @@ config = configure(globals())
 machine = runtime.start(device, dtype)
 base_folder = find_folder("base", model_tag)
 base_meta = read_meta(base_folder)
+check_finished(base_folder, base_meta)
 source = source_of("base", base_meta)
 checkpoint_dir = base_path(FOLDERS["mid"], os.path.basename(base_folder))
 meta = continue_from(checkpoint_dir, config, resume, source)
 if is_finished(meta):
+    remove_files(os.path.join(checkpoint_dir, "tokens"))
     print0(f"mid_train: finished already, {meta['step']} steps in {checkpoint_dir}, val bpb {meta['val_bpb']:.4f}")
+    runtime.finish()
     raise SystemExit(0)
 start_step = meta["step"] if meta else 0
 runtime.use_numerics(machine, dtype, (meta or base_meta)["machine"])
 
+free_bytes = machine.free_memory()                              # before the weights are there
 # weights: the base model's, or those where this stage had got to
 model, tokenizer, base_meta, _ = load_model("base", machine, os.path.basename(base_folder), base_meta["step"],
                                             gradient_checkpointing)
@@ -113,8 +117,9 @@ token_bytes = torch.from_numpy(tokenizer.token_bytes()).long().to(machine.device
 # the batch: by default as large as in pretraining
 max_seq_len, flops = model.config.sequence_len, flops_per_token(**vars(model.config))
 rows = rows_per_step(total_batch_size, max_seq_len) if total_batch_size else base_meta["rows"]
-B, rank_rows, grad_accum_steps = micro_batches(rows, WORLD_SIZE, device_batch_size, machine.free_memory(),
-                                               vars(model.config), machine.dtype.itemsize, gradient_checkpointing)
+B, rank_rows, grad_accum_steps = micro_batches(
+    rows, WORLD_SIZE, device_batch_size or micro_batch_of(meta), free_bytes, vars(model.config),
+    machine.dtype.itemsize, gradient_checkpointing)
 tokens_per_step = rows * max_seq_len
 epoch_steps = epoch_tokens(train_stream, train_data) / tokens_per_step
 total_steps = meta["num_iterations"] if meta else num_iterations or max(1, round(epoch_steps))
@@ -132,7 +137,7 @@ for step in range(start_step, total_steps + 1):
 
     # once in a while: bits per byte of the answers, then save
     if due(step, eval_every, last):
-        with runtime.memory_advice(B):
+        with runtime.memory_advice(B, rank_rows):
             val_bpb = evaluate_bpb(forward, val_stream, token_bytes, many_rows if last else few_rows,
                                    B, max_seq_len, machine.device)
         print0(f"step {step:5d}/{total_steps} | val bpb {val_bpb:.4f}")
@@ -149,12 +154,12 @@ for step in range(start_step, total_steps + 1):
     # one optimizer step: the loss summed over all scored tokens of the step, divided by their number
     machine.synchronize()
     clock = time.perf_counter()
-    x, y = train_stream.batch_at(step * rows + RANK * rank_rows, rank_rows, max_seq_len)
+    x, y = train_stream.batch_at(step * rows + RANK * rank_rows, rank_rows, max_seq_len, (step + 1) * rows)
     [num_targets] = runtime.sum_over_ranks([(y >= 0).sum()], machine.device)
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
     set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
-    with runtime.memory_advice(B):
+    with runtime.memory_advice(B, rank_rows):
         for first in range(0, rank_rows, B):
             micro = slice(first, first + B)
             loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device)) / max(1, num_targets)

@@ -57,9 +57,9 @@ class Muon(torch.optim.Optimizer):
             if own:
                 update[:len(own)] = self.direction(group, torch.stack([p.grad for p in own]))
             if world_size() > 1:
-                gathered = update.new_empty(share * world_size(), *params[0].shape)
-                dist.all_gather_into_tensor(gathered, update)
-                update = gathered                                # rank after rank = params in order
+                parts = [torch.empty_like(update) for _ in range(world_size())]
+                dist.all_gather(parts, update)
+                update = torch.cat(parts)                        # rank after rank = params in order
             rows, cols = params[0].shape
             scale = max(1.0, rows / cols) ** 0.5                 # tall matrices move more per entry
             torch._foreach_add_(params, list(update[:len(params)].unbind()), alpha=-group["lr"] * scale)

@@ -17,16 +17,31 @@ EVAL_PROBLEMS=${EVAL_PROBLEMS:-${12}}     # problems of each chat task; 0 = all
 DEVICE_BATCH_SIZE=${DEVICE_BATCH_SIZE:-0} # rows per micro-batch; 0 = the most that fit
 SFT_BATCH_SIZE=${SFT_BATCH_SIZE:-4}       # conversations per micro-batch
 WANDB_RUN=${WANDB_RUN:-}                  # name of the run in wandb; empty = log.jsonl alone
+GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-0}  # 1 = less memory, slower
 NPROC=${NPROC:-1}                         # GPUs, or processes on a CPU
 
+tag=d$DEPTH
+# its own tokenizer and text for the tiny model, so that a later demo run does not find them in its way
+if [ "$CONFIG" = tiny ]; then export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat/tiny}; fi
+
+plan() {
+    "$1" plan.py --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$TOTAL_BATCH_SIZE" \
+        --num_iterations="$BASE_ITERATIONS" --mid_iterations="$MID_ITERATIONS" --sft_iterations="$SFT_ITERATIONS" \
+        --num_shards="$DATA_SHARDS" --vocab_size="$VOCAB_SIZE" --device_batch_size="$DEVICE_BATCH_SIZE" --num_processes="$NPROC"
+}
+# before anything is downloaded; the plan needs a Python but no packages
+if command -v python3 >/dev/null; then plan python3; else . ./setup.sh; plan python; fi
+if [ -n "${PLAN:-}" ]; then exit 0; fi
+
 . ./setup.sh
+if [ "$CONFIG" != tiny ] && nvidia-smi >/dev/null 2>&1 && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "pipeline: there is a GPU, but this torch can't use it; update the NVIDIA driver, or install a torch built for it into .venv" >&2
+    exit 1
+fi
 # a waiting thread sleeps: measured, 3 times faster on CPU cores that are shared with other programs
 export OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
 
-tag=d$DEPTH
 if [ "$CONFIG" = tiny ]; then
-    # a tokenizer and text of its own, so a later demo run does not find them in its way
-    export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat/tiny}
     base_flags=(config/tiny_base.py) mid_flags=(config/tiny_mid.py) sft_flags=(config/tiny_sft.py)
     base_tests=(--tasks=bpb,samples) chat_tests=(--embedded=1 --max_tokens=160) references=    # tests of its own, no download
 else
@@ -34,7 +49,7 @@ else
     base_tests=(--core_max_per_task="$CORE_ITEMS") chat_tests=(--max_problems="$EVAL_PROBLEMS") references=gpt2,cl100k_base
 fi
 # the launcher of the training stages: torchrun only where there are several processes
-launch() { if [ "$NPROC" = 1 ]; then python "$@"; else torchrun --standalone --nproc_per_node="$NPROC" "$@"; fi; }
+launch() { if [ "$NPROC" = 1 ]; then python "$@"; else python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"; fi; }
 # a headline per stage, and how long each one took, for the end
 times=() name= begin=$SECONDS
 stage() {
@@ -42,11 +57,6 @@ stage() {
     name=$1 begin=$SECONDS
     if [ -n "$name" ]; then printf '\n=== %s\n' "$name"; fi
 }
-
-python plan.py --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$TOTAL_BATCH_SIZE" \
-    --num_iterations="$BASE_ITERATIONS" --mid_iterations="$MID_ITERATIONS" --sft_iterations="$SFT_ITERATIONS" \
-    --num_shards="$DATA_SHARDS" --vocab_size="$VOCAB_SIZE" --device_batch_size="$DEVICE_BATCH_SIZE"
-if [ -n "${PLAN:-}" ]; then exit 0; fi
 
 stage "1. text"
 if [ "$CONFIG" = tiny ]; then
@@ -65,20 +75,24 @@ python tok_eval.py --references="$references" --resume=1
 stage "3. pretraining: the next token of plain text"
 launch base_train.py "${base_flags[@]}" --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" \
     --total_batch_size="$TOTAL_BATCH_SIZE" --num_iterations="$BASE_ITERATIONS" --num_shards="$DATA_SHARDS" \
-    --device_batch_size="$DEVICE_BATCH_SIZE" --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
+    --device_batch_size="$DEVICE_BATCH_SIZE" --gradient_checkpointing="$GRADIENT_CHECKPOINTING" \
+    --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
 launch base_eval.py --model_tag="$tag" --resume=1 "${base_tests[@]}"
 
 if [ -n "$downloads" ]; then
     wait "$downloads" || { echo "pipeline: the downloads failed, see above; run again to go on" >&2; exit 1; }
+    trap - EXIT
 fi
 
 stage "4. mid-training: the chat format and many small tasks"
 launch mid_train.py "${mid_flags[@]}" --model_tag="$tag" --num_iterations="$MID_ITERATIONS" \
-    --device_batch_size="$DEVICE_BATCH_SIZE" --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
+    --device_batch_size="$DEVICE_BATCH_SIZE" --gradient_checkpointing="$GRADIENT_CHECKPOINTING" \
+    --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
 launch chat_eval.py --source=mid --model_tag="$tag" --resume=1 "${chat_tests[@]}"
 
 stage "5. fine-tuning: answers"
 launch chat_sft.py "${sft_flags[@]}" --model_tag="$tag" --num_iterations="$SFT_ITERATIONS" \
+    --gradient_checkpointing="$GRADIENT_CHECKPOINTING" \
     --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
 launch chat_eval.py --source=sft --model_tag="$tag" --resume=1 "${chat_tests[@]}"
 

@@ -5,8 +5,8 @@ run     python plan.py --depth=12 --num_iterations=500
 """
 import subprocess
 
-from budget import (flops_per_token, micro_batches, model_shape, num_params, peak_flops, row_bytes, rows_per_step,
-                    state_bytes)
+from budget import (CPU_BYTES, flops_per_token, micro_batches, model_shape, num_params, peak_flops, row_bytes,
+                    rows_per_step, state_bytes, usable_bytes)
 from common import base_path, duration
 from configurator import configure
 
@@ -21,6 +21,7 @@ sft_iterations = 0             # 0 = one epoch, about 720 steps of 32 conversati
 num_shards = 0                 # shards of text to download; 0 = none
 vocab_size = 65536
 device_batch_size = 0          # rows per micro-batch; 0 = the most that fit
+num_processes = 1              # GPUs
 config = configure(globals(), show=False)
 
 SHARD_TOKENS = 52e6            # tokens in a shard of about 250M characters
@@ -50,7 +51,9 @@ sft_steps = sft_iterations or 720
 tokens = dict(base=base_steps * step_tokens, mid=mid_steps * step_tokens, sft=sft_steps * 32 * min(400, max_seq_len))
 name, memory = gpu()
 speed = MFU * peak_flops(name or "A100") if name or num_shards else CPU_SPEED
-B, _, accum = micro_batches(rows, 1, device_batch_size, 0.9 * memory - 4e9 if memory else 1e9, model, 2 if memory else 4)
+memory = memory or (40e9 if num_shards else 0)         # planned without a GPU: for an A100 with 40 GB
+B, _, _ = micro_batches(rows, num_processes, device_batch_size, usable_bytes(memory) if memory else CPU_BYTES, model,
+                        2 if memory else 4)
 gpu_bytes = state_bytes(**model) + B * row_bytes(**model, compute_bytes=2, gradient_checkpointing=False) + 4e9
 checkpoints = 3 * 4 * params["total"] + 2 * (state_bytes(**model) - 4 * params["total"])   # one a stage, states of two
 disk = num_shards * SHARD_DISK + (TASK_DISK if num_shards else 0) + checkpoints
@@ -62,9 +65,9 @@ print(f"  tokens  base {tokens['base'] / 1e6:,.1f}M ({tokens['base'] / params['t
 print(f"  disk    about {disk / 1e9:.1f} GB in {base_path()}")
 if num_shards:
     print(f"  memory  about {gpu_bytes / 1e9:.0f} GB of a GPU's, with micro-batches of {B} rows")
-where = name or ("an A100" if num_shards else "two CPU cores")
+where = (f"{num_processes} x " if num_processes > 1 else "") + (name or ("an A100" if num_shards else "two CPU cores"))
 if speed:
-    seconds = {stage: n * flops / speed for stage, n in tokens.items()}
+    seconds = {stage: n * flops / speed / num_processes for stage, n in tokens.items()}
     print(f"  time    on {where}: base {duration(seconds['base'])}, mid {duration(seconds['mid'])}, fine-tuning "
           f"{duration(seconds['sft'])}, without downloads and tests")
 else:

@@ -10,6 +10,7 @@
 # can be given again at any time.
 set -euo pipefail
 cd "$(dirname "$0")"
+[ $# = 0 ] || { echo "$0: settings go in front, like CONFIG=demo DEPTH=4 bash $0" >&2; exit 1; }
 
 if [ -z "${CONFIG:-}" ]; then
     if nvidia-smi >/dev/null 2>&1; then CONFIG=demo; echo "CONFIG=demo, because there is a GPU"

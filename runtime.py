@@ -9,13 +9,14 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from budget import peak_flops
+from budget import CPU_BYTES, peak_flops, usable_bytes
 from common import LOCAL_RANK, RANK, WORLD_SIZE, atomic_write, print0
 from model import GPT
 
@@ -40,15 +41,14 @@ class Machine:
         """Most bytes held so far: of GPU memory, or of this process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        import resource                                          # kilobytes, on macOS bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def free_memory(self):
         """Bytes for weights, gradients, optimizer and activations; 1 GB on a CPU."""
         if self.device.type == "cuda":
-            # a tenth stays for fragments; 4 GB for one chunk of logits, its gradient and workspaces
-            return 0.9 * torch.cuda.mem_get_info()[0] - 4e9
-        return 1e9
+            return usable_bytes(torch.cuda.mem_get_info()[0])
+        return CPU_BYTES
 
     def describe(self):
         """What goes into a checkpoint's meta: a resumed run takes the same number format and threads."""
@@ -56,7 +56,7 @@ class Machine:
                     world_size=WORLD_SIZE, torch=torch.__version__, python=platform.python_version())
 
 
-def start(device="", dtype="", threads=0):
+def start(device="", dtype=""):
     """
     Pick the device ("" = cuda, then mps, then cpu) and the number format, join the other ranks.
 
@@ -73,6 +73,8 @@ def start(device="", dtype="", threads=0):
         raise SystemExit("device=cuda: torch finds no CUDA GPU here; leave the knob empty to run without one")
     chosen, name = torch.device(kind), kind
     if kind == "cuda":
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise SystemExit(f"{WORLD_SIZE} processes, but torch finds {torch.cuda.device_count()} GPUs here; lower NPROC")
         chosen = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")              # TF32 for what stays in float32
@@ -82,9 +84,7 @@ def start(device="", dtype="", threads=0):
     dtype = dtype or "float32"
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    machine = Machine(chosen, DTYPES[dtype], dtype, threads, name, peak_flops(name))
-    use_threads(machine, threads)
-    return machine
+    return Machine(chosen, DTYPES[dtype], dtype, torch.get_num_threads(), name, peak_flops(name))
 
 
 def use_threads(machine, threads):
@@ -106,20 +106,22 @@ def choose_numerics(machine, dtype, saved, folder, model_config, rows):
     if not dtype and not saved and machine.device.type == "cpu":
         path = os.path.join(folder, "numerics.json")
         if RANK == 0 and not os.path.exists(path):
+            timed = time_numerics(model_config, rows)
+            print0(f"timed one training step, ms: {timed['milliseconds']}")
             with atomic_write(path, "w") as f:
-                json.dump(time_numerics(model_config, rows), f)
+                json.dump(timed, f)
         barrier()
         with open(path, encoding="utf-8") as f:
             saved = json.load(f)
-        print0(f"timed one training step, ms: {saved['milliseconds']}")
     use_numerics(machine, dtype, saved)
 
 
 def use_numerics(machine, dtype, saved):
     """Compute as an earlier part of the run did (saved, from its meta), unless dtype is asked for."""
-    if dtype or not saved or saved["device"] != machine.device.type:
+    if not saved or saved["device"] != machine.device.type:
         return
-    machine.dtype_name, machine.dtype = saved["dtype"], DTYPES[saved["dtype"]]
+    if not dtype:
+        machine.dtype_name, machine.dtype = saved["dtype"], DTYPES[saved["dtype"]]
     use_threads(machine, saved["threads"])
 
 
@@ -183,17 +185,19 @@ def update_weights(model, optimizers, step, loss, grad_clip):
 
 
 @contextlib.contextmanager
-def memory_advice(device_batch_size):
-    """Turn running out of GPU memory into one line with the flag that helps."""
+def memory_advice(device_batch_size, rank_rows):
+    """Turn running out of GPU memory into one line with what helps; rank_rows: a rank's rows of a step."""
     try:
         yield
     except torch.OutOfMemoryError:
-        smaller = max(1, device_batch_size // 2)
-        raise SystemExit(f"out of GPU memory with {device_batch_size} rows per micro-batch; run again with "
-                         f"--device_batch_size={smaller} (the training stays the same), or with "
-                         "--gradient_checkpointing=1") from None
+        smaller = max((d for d in range(1, device_batch_size) if rank_rows % d == 0), default=0)
+        help_ = f"DEVICE_BATCH_SIZE={smaller} or --device_batch_size={smaller} (the training stays the same)" if smaller \
+            else "GRADIENT_CHECKPOINTING=1 or --gradient_checkpointing=1, or a shorter max_seq_len"
+        raise SystemExit(f"out of GPU memory with {device_batch_size} rows per micro-batch; run again with {help_}") from None
 
 
 def finish():
+    """Leave the other ranks, together: one that goes first can take the connection from under another."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()

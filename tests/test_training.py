@@ -4,6 +4,7 @@ Laws of the three training stages, tried on the scripts as a user runs them.
 A text of made-up sentences, a vocabulary of little more than the bytes and a model of one layer: each run takes
 a few seconds, most of it the start of Python.
 """
+import json
 import os
 import shutil
 import subprocess
@@ -143,19 +144,22 @@ def test_a_finished_stage_returns_and_changes_nothing(trained):
 ])
 def test_a_mistake_is_one_line(trained, argv, words):
     done = run(trained, *argv, check=False)
-    assert done.returncode == 1 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.returncode == 1 and words in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_checkpoint_is_never_taken_for_what_it_is_not(copy):
     """Damaged, made with another tokenizer, or trained from another base model: each is one line."""
-    mid, base = copy / FOLDER["mid"], copy / FOLDER["base"]
+    mid = copy / FOLDER["mid"]
     path = mid / "model_000020.pt"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     done = run(copy, "chat_cli.py", "-i", "mid", "-p", "hi", check=False)
     assert done.returncode == 1 and "damaged" in done.stderr and "Traceback" not in done.stderr
-    os.remove(base / "meta_000020.json")                # back to step 10 of the base model
+    meta = json.loads((mid / "meta_000020.json").read_text())
+    meta["source"]["sha256"] = "0" * 64                 # as if the base model had been trained again
+    (mid / "meta_000020.json").write_text(json.dumps(meta))
     done = run(copy, *STAGES["mid"], "--resume=1", check=False)
     assert done.returncode == 1 and "another base checkpoint" in done.stderr
     run(copy, "-c", "from tokenizer import *; from common import base_path; "
@@ -177,3 +181,34 @@ def test_drivers_refuse_an_unknown_config():
         env = dict(os.environ, CONFIG="huge", PLAN="1")
         done = subprocess.run(["bash", script], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 1 and "CONFIG=huge: must be" in done.stderr
+
+
+def test_a_base_run_never_goes_on_with_another_tokenizer(copy):
+    for name in os.listdir(copy / FOLDER["base"]):
+        if "000020" in name:
+            os.remove(copy / FOLDER["base"] / name)
+    run(copy, "-c", "from tokenizer import *; from common import base_path; "
+        "Tokenizer([bytes([i]) for i in range(256)] + [b'ab', b'cd', b'ef', b'gh', b'ij']).save(base_path('tokenizer'), {})")
+    done = run(copy, *STAGES["base"], "--resume=1", check=False)
+    assert done.returncode == 1 and "another tokenizer" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_stage_does_not_start_from_an_unfinished_one(copy):
+    os.remove(copy / FOLDER["base"] / "meta_000020.json")
+    shutil.rmtree(copy / FOLDER["mid"])
+    done = run(copy, *STAGES["mid"], check=False)
+    assert done.returncode == 1 and "step 10 of 20" in done.stderr
+
+
+def test_a_full_disk_while_saving_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
+    code = """
+import resource, torch
+from checkpoint import save_tensors
+save_tensors(FOLDER + "/model.pt", torch.ones(10))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))      # like a disk that fills up
+save_tensors(FOLDER + "/model.pt", torch.ones(1_000_000))
+""".replace("FOLDER", repr(str(tmp_path)))
+    done = run(tmp_path, "-c", code, check=False)
+    assert done.returncode == 1 and "File too large" in done.stderr and "enforce fail" not in done.stderr.splitlines()[-1]
+    assert os.listdir(tmp_path) == ["model.pt"] and torch.equal(torch.load(tmp_path / "model.pt"), torch.ones(10))
