@@ -89,7 +89,7 @@ if "bpb" in parts:
     background = start_background(make_token_files, list(shards.values()), tokenizer)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).long().to(machine.device)
     bpb = {}
-    with runtime.memory_advice(B):
+    with runtime.memory_advice(B, B):
         for split, shard in shards.items():
             stream = TokenStream([token_path(shard, tokenizer)], background)
             bpb[f"{split}_bpb"] = evaluate_bpb(model, stream, token_bytes, num_rows, B, T, machine.device)
