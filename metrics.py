@@ -86,7 +86,9 @@ def evaluate_answers(engine, task, check, max_problems, max_tokens, batch_size):
     """
     tokenizer = engine.tokenizer
     problems = [task[i] for i in range(RANK, min(max_problems or len(task), len(task)), WORLD_SIZE)]
-    prompts = [tokenizer.render_for_completion(problem) for problem in problems]
+    context = engine.model.config.sequence_len
+    room = context - min(max_tokens, context // 2)               # at least half the context for the question
+    prompts = [crop(tokenizer.render_for_completion(problem), room) for problem in problems]
     replies = engine.generate_batch(prompts, max_tokens, temperature=0, batch_size=batch_size) if prompts else []
     right = sum(check(problem, text_of(tokenizer, reply)) for problem, reply in zip(problems, replies))
     return tuple(int(n) for n in sum_over_ranks([right, len(problems)], engine.model.device))
@@ -103,7 +105,7 @@ def evaluate_letters(model, tokenizer, task, max_problems, batch_size):
     numbers = range(RANK, min(max_problems or len(task), len(task)), WORLD_SIZE)
     for first in range(0, len(numbers), batch_size):
         problems = [task[i] for i in numbers[first:first + batch_size]]
-        prompts = [tokenizer.render_for_completion(problem)[-model.config.sequence_len:] for problem in problems]
+        prompts = [crop(tokenizer.render_for_completion(problem), model.config.sequence_len) for problem in problems]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         idx = torch.full((len(prompts), int(lengths.max())), tokenizer.bos)
         for b, prompt in enumerate(prompts):
@@ -114,6 +116,11 @@ def evaluate_letters(model, tokenizer, task, max_problems, batch_size):
             right += problem["letters"][row[ids].argmax().item()] == problem["answer"]
             total += 1
     return tuple(int(n) for n in sum_over_ranks([right, total], model.device))
+
+
+def crop(ids, length):
+    """The first token, <|bos|>, and the last ones of a prompt: at most `length` in all."""
+    return ids if len(ids) <= length else [ids[0], *ids[len(ids) - length + 1:]]
 
 
 def one_token(tokenizer, letter):

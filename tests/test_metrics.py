@@ -1,0 +1,56 @@
+"""Evaluations of answers: what is asked, what counts, what does not fit."""
+import math
+
+import pytest
+import torch
+
+from data import TokenStream, write_token_file
+from engine import Engine
+from metrics import crop, evaluate_bpb, evaluate_loss, evaluate_task
+from model import GPT, GPTConfig
+from tasks import check
+from tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
+CPU = torch.device("cpu")
+
+
+def model(sequence_len=64):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(sequence_len=sequence_len, vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=32))
+
+
+def question(text, letters=None, answer="A"):
+    row = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}], "answer": answer}
+    return row | (dict(kind="letter", letters=letters) if letters else dict(kind="exact"))
+
+
+def test_the_letter_with_the_highest_logit_is_the_answer():
+    net = model()
+    with torch.no_grad():                                # the output no longer depends on the input ...
+        net.transformer.wte.weight.fill_(1.0)
+        net.lm_head.weight.zero_()
+        net.lm_head.weight[ord("C")] = 1.0               # ... and C is the likeliest letter
+    task = [question(f"Which? {n}", list("ABCD"), right) for n, right in enumerate("CABCC")]
+    assert evaluate_task(Engine(net, TOKENIZER), task, check, batch_size=2) == (3, 5)
+    assert evaluate_task(Engine(net, TOKENIZER), task, check, max_problems=2) == (1, 2)
+
+
+def test_a_question_longer_than_the_context_is_cropped_from_the_left():
+    engine = Engine(model(), TOKENIZER)
+    long = "x" * 500
+    assert evaluate_task(engine, [question(long), question("short")], check, max_tokens=512)[1] == 2
+    assert evaluate_task(engine, [question(long, list("AB")), question("short", list("AB"))], check)[1] == 2
+    assert crop([9, 1, 2, 3, 4], 3) == [9, 3, 4] and crop([9, 1], 3) == [9, 1]
+
+
+def test_a_model_that_knows_nothing_needs_the_log_of_the_vocabulary(tmp_path):
+    path = str(tmp_path / "x.bin")
+    write_token_file(path, iter([([TOKENIZER.bos, *b"some words here"], None)] * 20))
+    stream = TokenStream([path])
+    token_bytes = torch.from_numpy(TOKENIZER.token_bytes()).long()
+    for B in (1, 3):                                     # the batch does not change the sum
+        bpb = evaluate_bpb(model(), stream, token_bytes, 6, B, 32, CPU)
+        assert bpb == pytest.approx(math.log2(TOKENIZER.vocab_size), rel=1e-5)
+    x, y = stream.batch_at(0, 2, 32)
+    assert evaluate_loss(model(), [(x, y)], CPU) == pytest.approx(math.log(TOKENIZER.vocab_size), rel=1e-5)
