@@ -4,7 +4,6 @@ The drivers on real data: a folder laid out like the hub, served on this machine
 NANOCHAT_TEST_HUB names it; it has a serve.py that takes a port. Without it these tests are skipped.
 """
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -43,12 +42,14 @@ def drive(base_dir, url, **values):
 def test_all_stages_on_real_data_then_again_in_seconds(server, tmp_path):
     first = drive(tmp_path, server)
     assert first.returncode == 0, first.stdout + first.stderr
-    for words in ("plan: d1", "MMLU", "ARC-Easy", "spells a word", "in all"):
+    for words in ("plan: d1", "CORE", "ChatCORE", "HumanEval", "spells a word", "in all"):
         assert words in first.stdout
     models = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("model_*.pt")}
     assert {p.parent.parent.name for p in models} == {"base_checkpoints", "mid_checkpoints", "chatsft_checkpoints"}
     again = drive(tmp_path, server)
-    assert again.returncode == 0 and len(re.findall("finished already", again.stdout)) == 4, again.stdout + again.stderr
+    assert again.returncode == 0, again.stdout + again.stderr
+    for script in ("tok_train", "base_train", "mid_train", "chat_sft"):
+        assert f"{script}: finished already" in again.stdout
     assert models == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("model_*.pt")}
     assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.tmp"))
 
