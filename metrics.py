@@ -125,5 +125,7 @@ def crop(ids, length):
 
 def one_token(tokenizer, letter):
     ids = tokenizer.encode(letter)
-    assert len(ids) == 1, f"the choice {letter!r} is {len(ids)} tokens and cannot be compared by one logit"
+    if len(ids) != 1:
+        raise SystemExit(f"the choice {letter!r} is {len(ids)} tokens in this vocabulary, and can't be compared by one "
+                         "logit; leave the multiple choice tasks out (-a)")
     return ids[0]

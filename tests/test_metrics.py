@@ -54,3 +54,8 @@ def test_a_model_that_knows_nothing_needs_the_log_of_the_vocabulary(tmp_path):
         assert bpb == pytest.approx(math.log2(TOKENIZER.vocab_size), rel=1e-5)
     x, y = stream.batch_at(0, 2, 32)
     assert evaluate_loss(model(), [(x, y)], CPU) == pytest.approx(math.log(TOKENIZER.vocab_size), rel=1e-5)
+
+
+def test_a_choice_that_is_not_one_token_ends_in_words():
+    with pytest.raises(SystemExit, match="'AB' is 2 tokens"):
+        evaluate_task(Engine(model(), TOKENIZER), [question("Which?", ["AB", "C"], "C")], check)
