@@ -133,9 +133,10 @@ def eval_rows(sequence_len, tokens_per_step, total_steps, eval_every, eval_token
     Rows that evaluations of bits per byte score -> (during the run, at its end).
 
     During the run eval_tokens, or 2 % of the tokens trained between two evaluations; at the end
-    final_eval_tokens. Never more than a tenth of what was trained, so that a short try is short.
+    final_eval_tokens. Never more than a tenth of what was trained, so that a short try is short,
+    and never fewer than 8 rows, in which there is something to score.
     """
     between = tokens_per_step * (eval_every or total_steps)
     during = min(eval_tokens or between // 50, between // 10)
     final = min(final_eval_tokens, tokens_per_step * total_steps // 10)
-    return max(1, during // sequence_len), max(1, final // sequence_len)
+    return max(8, during // sequence_len), max(8, final // sequence_len)

@@ -44,7 +44,8 @@ def evaluate_bpb(model, stream, token_bytes, num_rows, B, T, device):
         nats += losses[size > 0].sum().item()
         num_bytes += size.sum().item()
     nats, num_bytes = sum_over_ranks([nats, num_bytes], device)
-    assert num_bytes > 0, "bits per byte need at least one scored token that stands for a byte"
+    if num_bytes == 0:
+        raise SystemExit(f"bits per byte: none of the {num_rows} rows scored has a token to learn; use longer rows")
     return nats / math.log(2) / num_bytes
 
 

@@ -51,5 +51,5 @@ def test_devices_are_found_by_a_part_of_their_name():
 
 def test_evaluation_costs_at_most_two_percent_while_training_and_a_tenth_in_all():
     assert eval_rows(1024, 524288, 500, 250, 0, 10485760) == (2560, 10240)
-    assert eval_rows(128, 1024, 5, 250, 0, 10485760) == (40, 4)
+    assert eval_rows(128, 1024, 5, 250, 0, 10485760) == (40, 8)
     assert eval_rows(256, 2048, 1200, 0, 0, 10 ** 6)[1] == 245760 // 256
