@@ -224,8 +224,8 @@ class CappedCrossEntropy(torch.autograd.Function):
     At V = 65,536 the logits and their gradient would need as much memory as the whole rest of a
     d12 step. Here they exist for a few thousand tokens at a time: each chunk's loss is taken and
     its gradients are made at once, which costs the three matrix products that the plain way
-    costs as well. measured on two CPU cores, V = 4,096: a chunk of 128 tokens takes a third of the
-    time of all 2,048 at once, 2026-11
+    costs as well. measured on one CPU core, 2,048 tokens, V = 4,096, float32: 57 ms in chunks of 128
+    tokens, 78 ms all at once, 2026-11
     """
 
     @staticmethod
