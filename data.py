@@ -131,7 +131,7 @@ def read_batches(path):
     """Lists of up to 1024 texts, without ever holding the whole file."""
     mend = "delete it and run python data.py again"
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 18)  # by default it reads all at first
         names = file.schema_arrow.names
         if "text" not in names:
             raise SystemExit(f"{path}: no column 'text' (but {', '.join(names)}); {mend}")

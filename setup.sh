@@ -31,6 +31,8 @@ if [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ] || ! .venv/bin/python -c "" 
     install -e '.[test,plot]' || stop "the packages could not be installed (no network, or no room on the disk? see above)"
     if ! command -v cargo >/dev/null; then
         echo "setup: no Rust here, so the build fetches one of its own, which stays out of your system"
+    elif ! cargo --version >/dev/null 2>&1; then
+        stop "cargo is here but does not run ($(cargo --version 2>&1 | head -1)); with rustup: rustup default stable"
     fi
     install --force-reinstall --no-deps ./rustbpe ||
         stop "rustbpe/ did not build; install Rust from https://rustup.rs and run this again"

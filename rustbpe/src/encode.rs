@@ -277,7 +277,8 @@ impl Joiner {
             }
             let i = i as u32;
             let id = encoder.bytes[byte as usize];
-            parts.push(Joint { id, joined, before: i.wrapping_sub(1), next: i + 1 }); // 0 - 1 is NONE
+            let before = i.wrapping_sub(1); // 0 - 1 is NONE
+            parts.push(Joint { id, joined, before, next: i + 1 });
         }
         let length = parts.len();
         // ids and then places come out of the queue in rising order: smallest id, leftmost place

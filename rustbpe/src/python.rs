@@ -13,7 +13,7 @@ use crate::split::{Batch, Splitter, DEFAULT_PATTERN};
 use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyByteArray, PyBytes, PyString};
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyString};
 use std::sync::{Arc, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -24,6 +24,9 @@ const BATCH_BYTES: usize = 1 << 18;
 
 /// Documents that pyarrow decodes at once, some 100 kB for the same reason.
 const BATCH_ROWS: usize = 128;
+
+/// Bytes of a Parquet file that pyarrow reads at once.
+const READ_BYTES: usize = 1 << 18;
 
 /// Counting threads when the caller leaves the number to us. One thread feeds them, and more than
 /// eight would mostly wait for it, each with a table of its own in memory.
@@ -269,6 +272,10 @@ fn feed_parquet(
     doc_cap: usize,
 ) -> PyResult<()> {
     let parquet_file = py.import("pyarrow.parquet")?.getattr("ParquetFile")?;
+    // by default pyarrow first reads all compressed columns of the file into memory
+    let piecewise = PyDict::new(py);
+    piecewise.set_item("pre_buffer", false)?;
+    piecewise.set_item("buffer_size", READ_BYTES)?;
     let no_limit = |limit| if limit == 0 { usize::MAX } else { limit };
     let (max_chars, doc_cap) = (no_limit(max_chars), no_limit(doc_cap));
     let mut num_chars = 0;
@@ -283,7 +290,7 @@ fn feed_parquet(
                 false => error,
             }
         };
-        let file = parquet_file.call1((path,)).map_err(named)?;
+        let file = parquet_file.call((path,), Some(&piecewise)).map_err(named)?;
         let schema = file.getattr("schema_arrow")?;
         let names: Vec<String> = schema.getattr("names")?.extract()?;
         if !names.iter().any(|name| name == column) {
@@ -468,9 +475,7 @@ impl Tokenizer {
             false => paths.try_iter()?.collect::<PyResult<_>>()?,
         };
         let options = Options { vocab_size, pattern, num_threads, progress, batch_documents: usize::MAX };
-        let encoder = train(py, options, |feeder| {
-            feed_parquet(py, feeder, paths, column, max_chars, doc_cap)
-        })?;
+        let encoder = train(py, options, |feeder| feed_parquet(py, feeder, paths, column, max_chars, doc_cap))?;
         self.replace(encoder);
         Ok(())
     }

@@ -401,7 +401,9 @@ mod tests {
         for (class, pattern) in [(LETTER, r"\p{L}"), (NUMBER, r"\p{N}"), (SPACE, r"\s")] {
             let regex = Regex::new(pattern).unwrap();
             let by_regex: Vec<&str> = regex.find_iter(&all).map(|found| found.unwrap().as_str()).collect();
-            let of_class = |c: &char| unicode::BLOCKS[unicode::BLOCK_OF[*c as usize / 256] as usize][*c as usize % 256] == class;
+            let of_class = |c: &char| {
+                unicode::BLOCKS[unicode::BLOCK_OF[*c as usize / 256] as usize][*c as usize % 256] == class
+            };
             let by_table: Vec<String> = all.chars().filter(of_class).map(String::from).collect();
             assert_eq!(by_regex, by_table, "{pattern}");
             assert_eq!(by_table.len(), number_of(class), "{pattern}");
@@ -411,9 +413,10 @@ mod tests {
     #[test]
     fn scanner_equals_regex_on_random_text() {
         let alphabet = [
-            "a", "Z", "q", "s", "S", "t", "l", "L", "v", "e", "r", "R", "'", "'", "\u{17f}", "\u{212a}", "é", "я", "日",
-            "\u{301}", "\u{10400}", "1", "2", "٣", "Ⅷ", "½", " ", " ", "\u{a0}", "\u{85}", "\u{2028}", "\u{3000}",
-            "\t", "\n", "\r", "\r\n", "\0", ".", "-", "…", "🙂", "_", "{", "`", "@", "[", "\u{7f}", "abcdefgh",
+            "a", "Z", "q", "s", "S", "t", "l", "L", "v", "e", "r", "R", "'", "'", "\u{17f}", "\u{212a}", "é", "я",
+            "日", "\u{301}", "\u{10400}", "1", "2", "٣", "Ⅷ", "½", " ", " ", "\u{a0}", "\u{85}", "\u{2028}",
+            "\u{3000}", "\t", "\n", "\r", "\r\n", "\0", ".", "-", "…", "🙂", "_", "{", "`", "@", "[", "\u{7f}",
+            "abcdefgh",
         ];
         let mut state = 1u64;
         let mut random = |n: usize| {
@@ -434,7 +437,10 @@ mod tests {
     fn long_runs_of_letters() {
         for length in [7, 8, 9, 15, 16, 57, 58, 1000] {
             let word = "x".repeat(length);
-            assert_eq!(chunks(DEFAULT_PATTERN, &format!("{word}é {word}1")), [format!("{word}é"), format!(" {word}"), "1".into()]);
+            assert_eq!(
+                chunks(DEFAULT_PATTERN, &format!("{word}é {word}1")),
+                [format!("{word}é"), format!(" {word}"), "1".into()]
+            );
         }
     }
 
