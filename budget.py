@@ -8,6 +8,7 @@ against the real model.
 import re
 
 HEAD_DIM = 128               # dimensions of one attention head, where the width allows it
+KEEP = 2                     # checkpoints of a stage that stay on the disk: the newest and the one before
 MICRO_TOKENS = 65536         # most tokens of an automatic micro-batch: a GPU is busy long before
 
 # Dense bf16 matrix peak of a device in FLOP/s, from the makers' datasheets; the first name that
@@ -114,6 +115,11 @@ def state_bytes(n_layer, n_embd, n_head, n_kv_head, vocab_size, sequence_len=0):
     """float32 weights, gradients and momentum (12 bytes a parameter), a second moment for the tables."""
     params = num_params(n_layer, n_embd, n_head, n_kv_head, vocab_size)
     return 12 * params["total"] + 4 * (params["wte"] + params["lm_head"])
+
+
+def checkpoint_bytes(**model_config):
+    """Disk that one checkpoint takes: the state without the gradients."""
+    return state_bytes(**model_config) - 4 * num_params(**model_config)["total"]
 
 
 def row_bytes(n_layer, n_embd, n_head, n_kv_head, vocab_size, sequence_len, compute_bytes, gradient_checkpointing):

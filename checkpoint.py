@@ -12,6 +12,7 @@ import re
 
 import torch
 
+from budget import KEEP
 from common import RANK, WORLD_SIZE, atomic_write, base_path, print0
 from model import GPT, GPTConfig
 from runtime import barrier
@@ -19,7 +20,6 @@ from tokenizer import load_tokenizer
 
 FOLDERS = dict(base="base_checkpoints", mid="mid_checkpoints", sft="chatsft_checkpoints", rl="chatrl_checkpoints")
 SCRIPTS = dict(base="base_train.py", mid="mid_train.py", sft="chat_sft.py", rl="chat_rl.py")
-KEEP = 2                       # checkpoints of a stage that stay on the disk: the newest and the one before
 
 # knobs that may differ when a run is continued: they change how it runs or what it prints
 FREE_KNOBS = {"run", "resume", "model_tag", "device", "dtype", "device_batch_size", "compile_model", "gradient_checkpointing",

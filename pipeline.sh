@@ -51,7 +51,7 @@ fi
 # the launcher of the training stages: torchrun only where there are several processes
 launch() { if [ "$NPROC" = 1 ]; then python "$@"; else python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"; fi; }
 # a headline per stage, and how long each one took, for the end
-times=() name= begin=$SECONDS
+times=("$(printf '%6d s  set-up' "$SECONDS")") name= begin=$SECONDS
 stage() {
     if [ -n "$name" ]; then times+=("$(printf '%6d s  %s' $((SECONDS - begin)) "$name")"); fi
     name=$1 begin=$SECONDS

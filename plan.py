@@ -5,8 +5,8 @@ run     python plan.py --depth=12 --num_iterations=500
 """
 import subprocess
 
-from budget import (CPU_BYTES, flops_per_token, micro_batches, model_shape, num_params, peak_flops, row_bytes,
-                    rows_per_step, state_bytes, usable_bytes)
+from budget import (CPU_BYTES, KEEP, checkpoint_bytes, flops_per_token, micro_batches, model_shape, num_params,
+                    peak_flops, row_bytes, rows_per_step, state_bytes, usable_bytes)
 from common import base_path, duration
 from configurator import configure
 
@@ -55,7 +55,7 @@ memory = memory or (40e9 if num_shards else 0)         # planned without a GPU: 
 B, _, _ = micro_batches(rows, num_processes, device_batch_size, usable_bytes(memory) if memory else CPU_BYTES, model,
                         2 if memory else 4)
 gpu_bytes = state_bytes(**model) + B * row_bytes(**model, compute_bytes=2, gradient_checkpointing=False) + 4e9
-checkpoints = 3 * 4 * params["total"] + 2 * (state_bytes(**model) - 4 * params["total"])   # one a stage, states of two
+checkpoints = (3 * KEEP + 1) * checkpoint_bytes(**model)   # of three stages, and the one being written
 disk = num_shards * SHARD_DISK + (TASK_DISK if num_shards else 0) + checkpoints
 
 print(f"plan: d{depth}, {params['total'] / 1e6:.1f}M parameters, rows of {max_seq_len:,} tokens, vocabulary {vocab_size:,}")

@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 
+from budget import checkpoint_bytes
 from common import read_log
 from conftest import ROOT
 
@@ -130,6 +131,13 @@ def test_a_finished_stage_returns_and_changes_nothing(trained):
         done = run(trained, *argv, "--resume=1")
         assert "finished already" in done.stdout
         assert before == sorted((name, os.path.getmtime(trained / FOLDER[stage] / name)) for name in os.listdir(trained / FOLDER[stage]))
+
+
+def test_a_checkpoint_is_as_large_as_planned(trained):
+    for folder in FOLDER.values():
+        meta = json.loads((trained / folder / "meta_000020.json").read_text())
+        size = sum(num_bytes for num_bytes, _ in meta["files"].values())
+        assert 0 < size - checkpoint_bytes(**meta["model_config"]) < 20_000      # the names beside the numbers
 
 
 @pytest.mark.parametrize("argv, words", [
