@@ -60,6 +60,7 @@ if resume:
     parts = [part for part in parts if results["settings"].get(part) != SETTINGS[part]]
     if not parts:
         print0(f"base_eval: finished already, see {path}")
+        runtime.finish()
         raise SystemExit(0)
 
 

@@ -7,7 +7,6 @@ run     python chat_eval.py -i sft
         python chat_eval.py -i mid -a GSM8K,SpellingBee -x 100
 """
 import json
-import math
 import os
 import time
 
@@ -15,7 +14,7 @@ import humaneval
 import runtime
 import sandbox
 from checkpoint import load_model, source_of
-from common import RANK, atomic_write, duration, print0
+from common import RANK, atomic_write, duration, print0, standard_error
 from configurator import configure
 from engine import Engine
 from metrics import evaluate_task
@@ -37,7 +36,6 @@ config = configure(globals())
 
 BASELINES = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}   # what guessing gives; 0 for all others
 CHATCORE = ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
-# greedy answers: the same model gets the same score every time
 
 
 def small_tests(meta):
@@ -105,7 +103,7 @@ for name in wanted:
         check_answer = lambda problem, answer: humaneval.check(problem, answer, unsafe=unsafe_exec).passed  # noqa: E731
     right, total = evaluate_task(engine, tests[name], check_answer, max_problems, max_tokens, batch_size)
     accuracy, seconds = right / total, time.perf_counter() - clock
-    stderr = math.sqrt(accuracy * (1 - accuracy) / total)
+    stderr = standard_error(right, total)
     results["tasks"][name] = dict(right=right, total=total, accuracy=accuracy, stderr=stderr, seconds=seconds,
                                   settings=settings)
     results["seconds"] += seconds

@@ -128,7 +128,7 @@ for step in range(start_step, total_steps + 1):
         count = min(eval_examples, len(val_data))
         batches = (padded_batch(val_data, range(i, min(i + B, count)), tokenizer, max_seq_len)
                    for i in range(RANK * B, count, WORLD_SIZE * B))
-        with runtime.memory_advice(B, rank_rows):
+        with runtime.memory_advice(B, rank_rows, "SFT_BATCH_SIZE"):
             val_loss = evaluate_loss(model, batches, machine.device)
         print0(f"step {step:5d}/{total_steps} | val loss {val_loss:.4f}")
         log.write(step, val_loss=val_loss)
@@ -157,7 +157,7 @@ for step in range(start_step, total_steps + 1):
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
     set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
-    with runtime.memory_advice(B, rank_rows):
+    with runtime.memory_advice(B, rank_rows, "SFT_BATCH_SIZE"):
         for x, y in batches:
             loss = model(to_device(x, machine.device), to_device(y, machine.device)) / max(1, num_targets)
             loss.backward()

@@ -71,9 +71,11 @@ def path_of(folder, kind, step, rank=RANK):
 
 def fingerprint(path):
     """[size in bytes, sha256] of a file."""
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return [os.path.getsize(path), hashlib.file_digest(f, "sha256").hexdigest()] if hasattr(hashlib, "file_digest") \
-            else [os.path.getsize(path), hashlib.sha256(f.read()).hexdigest()]
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return [os.path.getsize(path), digest.hexdigest()]
 
 
 def steps_in(folder):

@@ -135,6 +135,12 @@ def read_log(folder):
     return rows
 
 
+def standard_error(right, total):
+    """Of the share right / total; one more of each kind is assumed, or 18 of 18 would be a certainty."""
+    share = (right + 1) / (total + 2)
+    return math.sqrt(share * (1 - share) / total)
+
+
 class Progress:
     """
     The line per step on the console and in the log: loss, speed, MFU, how long it still takes.

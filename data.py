@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from background import start_background  # noqa: F401  for the stages
 from common import atomic_write, base_path
 from configurator import configure
 from download import HUB, check_parquet, download
@@ -73,6 +72,9 @@ def fetch_shards(num_shards, num_threads):
     if num_shards > VAL_SHARD:
         raise SystemExit(f"num_shards={num_shards}: the set has {VAL_SHARD} training shards")
     wanted = [VAL_SHARD, *range(num_shards)]      # validation first: the first evaluation needs it
+    for path in map(shard_path, wanted):          # somebody's own text is never replaced
+        if os.path.exists(path) and not check_parquet(path) and "text" not in pq.read_schema(path).names:
+            raise SystemExit(f"{path}: {check_shard(path)}; name its column of texts so, or move the file away")
     missing = [i for i in wanted if not os.path.exists(shard_path(i)) or check_shard(shard_path(i))]
     folder, need = base_path("base_data"), len(missing) * SHARD_BYTES
     os.makedirs(folder, exist_ok=True)

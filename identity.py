@@ -9,6 +9,7 @@ here. HELD_OUT stands apart: these wordings are asked in tests and never trained
 answer to one shows that the model understood the question and did not only memorize it.
 """
 import random
+import re
 
 # What people ask, by what they want to know. In each list the plainest wording comes first.
 WORDINGS = {
@@ -101,7 +102,9 @@ def conversation(i, name, maker, facts, split):
     else:
         kinds = ["name"] * 4 + ["kind"] * 2 + ["maker"] * 2 + ["other"] + ["fact"] * bool(facts)
         kind = rng.choice(kinds)
-        question = decorated(rng.choice(WORDINGS[kind]), rng)
+        # nobody called Anna says "No, I am Anna"
+        others = [wording for wording in WORDINGS[kind] if not re.search(rf"\b{re.escape(name)}\b", wording, re.IGNORECASE)]
+        question = decorated(rng.choice(others if kind == "other" else WORDINGS[kind]), rng)
         messages = small_talk(name, rng) if rng.random() < 0.1 else []
     messages += [{"role": "user", "content": question},
                  {"role": "assistant", "content": reply(kind, name, maker, facts, rng)}]

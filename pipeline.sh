@@ -15,7 +15,7 @@ CORE_METRIC_EVERY=${CORE_METRIC_EVERY:-0} # steps between evaluations of CORE wh
 CORE_ITEMS=${CORE_ITEMS:-${11}}           # items of each CORE task; 0 = all
 EVAL_PROBLEMS=${EVAL_PROBLEMS:-${12}}     # problems of each chat task; 0 = all
 DEVICE_BATCH_SIZE=${DEVICE_BATCH_SIZE:-0} # rows per micro-batch; 0 = the most that fit
-SFT_BATCH_SIZE=${SFT_BATCH_SIZE:-4}       # conversations per micro-batch
+SFT_BATCH_SIZE=${SFT_BATCH_SIZE:-}        # conversations per micro-batch; empty = 4, in tiny the most that fit
 WANDB_RUN=${WANDB_RUN:-}                  # name of the run in wandb; empty = log.jsonl alone
 GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-0}  # 1 = less memory, slower
 NPROC=${NPROC:-1}                         # GPUs, or processes on a CPU
@@ -27,7 +27,8 @@ if [ "$CONFIG" = tiny ]; then export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOM
 plan() {
     "$1" plan.py --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$TOTAL_BATCH_SIZE" \
         --num_iterations="$BASE_ITERATIONS" --mid_iterations="$MID_ITERATIONS" --sft_iterations="$SFT_ITERATIONS" \
-        --num_shards="$DATA_SHARDS" --vocab_size="$VOCAB_SIZE" --device_batch_size="$DEVICE_BATCH_SIZE" --num_processes="$NPROC"
+        --num_shards="$DATA_SHARDS" --vocab_size="$VOCAB_SIZE" --device_batch_size="$DEVICE_BATCH_SIZE" --num_processes="$NPROC" \
+        --gradient_checkpointing="$GRADIENT_CHECKPOINTING"
 }
 # before anything is downloaded; the plan needs a Python but no packages
 if command -v python3 >/dev/null; then plan python3; else . ./setup.sh; plan python; fi
@@ -42,10 +43,10 @@ fi
 export OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
 
 if [ "$CONFIG" = tiny ]; then
-    base_flags=(config/tiny_base.py) mid_flags=(config/tiny_mid.py) sft_flags=(config/tiny_sft.py)
+    base_flags=(config/tiny_base.py) mid_flags=(config/tiny_mid.py) sft_flags=(config/tiny_sft.py ${SFT_BATCH_SIZE:+"--device_batch_size=$SFT_BATCH_SIZE"})
     base_tests=(--tasks=bpb,samples) chat_tests=(--embedded=1 --max_tokens=160) references=    # tests of its own, no download
 else
-    base_flags=(--core_metric_every="$CORE_METRIC_EVERY") mid_flags=(--embedded=0) sft_flags=(--device_batch_size="$SFT_BATCH_SIZE")
+    base_flags=(--core_metric_every="$CORE_METRIC_EVERY") mid_flags=(--embedded=0) sft_flags=(--device_batch_size="${SFT_BATCH_SIZE:-4}")
     base_tests=(--core_max_per_task="$CORE_ITEMS") chat_tests=(--max_problems="$EVAL_PROBLEMS") references=gpt2,cl100k_base
 fi
 # the launcher of the training stages: torchrun only where there are several processes
@@ -77,7 +78,7 @@ launch base_train.py "${base_flags[@]}" --depth="$DEPTH" --max_seq_len="$MAX_SEQ
     --total_batch_size="$TOTAL_BATCH_SIZE" --num_iterations="$BASE_ITERATIONS" --num_shards="$DATA_SHARDS" \
     --device_batch_size="$DEVICE_BATCH_SIZE" --gradient_checkpointing="$GRADIENT_CHECKPOINTING" \
     --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
-launch base_eval.py --model_tag="$tag" --resume=1 "${base_tests[@]}"
+launch base_eval.py --model_tag="$tag" --resume=1 --device_batch_size="$DEVICE_BATCH_SIZE" "${base_tests[@]}"
 
 if [ -n "$downloads" ]; then
     wait "$downloads" || { echo "pipeline: the downloads failed, see above; run again to go on" >&2; exit 1; }

@@ -22,12 +22,13 @@ num_shards = 0                 # shards of text to download; 0 = none
 vocab_size = 65536
 device_batch_size = 0          # rows per micro-batch; 0 = the most that fit
 num_processes = 1              # GPUs
+gradient_checkpointing = False # 1 = less memory, slower
 config = configure(globals(), show=False)
 
 SHARD_TOKENS = 52e6            # tokens in a shard of about 250M characters
 SHARD_DISK = 95e6 + 2 * SHARD_TOKENS   # the parquet file and its tokens
 TASK_DISK = 1.6e9              # conversations and questions, and the tokens made from them
-MFU = 0.60                     # share of the peak that a compiled run reaches on an A100
+MFU = 0.60                     # share of the peak of a compiled run; assumed, not measured
 CPU_SPEED = 0.15e12            # FLOP/s of two cores in training, measured on the tiny model, 2026-11
 
 
@@ -53,8 +54,8 @@ name, memory = gpu()
 speed = MFU * peak_flops(name or "A100") if name or num_shards else CPU_SPEED
 memory = memory or (40e9 if num_shards else 0)         # planned without a GPU: for an A100 with 40 GB
 B, _, _ = micro_batches(rows, num_processes, device_batch_size, usable_bytes(memory) if memory else CPU_BYTES, model,
-                        2 if memory else 4)
-gpu_bytes = state_bytes(**model) + B * row_bytes(**model, compute_bytes=2, gradient_checkpointing=False) + 4e9
+                        2 if memory else 4, gradient_checkpointing)
+gpu_bytes = state_bytes(**model) + B * row_bytes(**model, compute_bytes=2, gradient_checkpointing=gradient_checkpointing) + 4e9
 checkpoints = (3 * KEEP + 1) * checkpoint_bytes(**model)   # of three stages, and the one being written
 disk = num_shards * SHARD_DISK + (TASK_DISK if num_shards else 0) + checkpoints
 

@@ -19,7 +19,7 @@ import subprocess
 from urllib.parse import quote
 
 from checkpoint import FOLDERS, SCRIPTS, is_finished
-from common import atomic_write, base_path, duration
+from common import atomic_write, base_path, duration, standard_error
 from configurator import configure
 from curves import at_end, draw, series, sparklines
 from engine import printable
@@ -107,9 +107,8 @@ def header(tag, runs):
             machines.setdefault(machine_text(run["meta"]["machine"]), []).append(TITLES[stage])
     rows = [("machine" if len(machines) == 1 else f"machine: {', '.join(stages)}", text)
             for text, stages in machines.items()]
-    code = next((run["meta"]["machine"]["commit"] for run in reversed(runs.values())
-                 if run["meta"].get("machine", {}).get("commit")), "") or git_state()
-    rows += [("commit", code)] if code else []
+    code = git_state()
+    rows += [("commit of the scripts now", code)] if code else []
     rows += [("this page made with", f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")]
     return [*parts, table(rows)]
 
@@ -193,12 +192,6 @@ def core_details(text):
             (f"; GPT-2: {gpt2}." if gpt2 else "."),
             "<details><summary>CORE, task by task</summary>",
             table(rows, ("task", "accuracy", "centered", "items")), "</details>"]
-
-
-def standard_error(right, total):
-    """Of the share right / total; one more of each kind is assumed, or 18 of 18 would be a certainty."""
-    share = (right + 1) / (total + 2)
-    return math.sqrt(share * (1 - share) / total)
 
 
 def abilities(runs):

@@ -185,13 +185,18 @@ def update_weights(model, optimizers, step, loss, grad_clip):
 
 
 @contextlib.contextmanager
-def memory_advice(device_batch_size, rank_rows):
-    """Turn running out of GPU memory into one line with what helps; rank_rows: a rank's rows of a step."""
+def memory_advice(device_batch_size, rank_rows, variable="DEVICE_BATCH_SIZE"):
+    """
+    Turn running out of GPU memory into one line with what helps.
+
+    rank_rows  a rank's rows of a step
+    variable   the drivers' name for the micro-batch of this stage
+    """
     try:
         yield
     except torch.OutOfMemoryError:
         smaller = max((d for d in range(1, device_batch_size) if rank_rows % d == 0), default=0)
-        help_ = f"DEVICE_BATCH_SIZE={smaller} or --device_batch_size={smaller} (the training stays the same)" if smaller \
+        help_ = f"{variable}={smaller} or --device_batch_size={smaller} (the training stays the same)" if smaller \
             else "GRADIENT_CHECKPOINTING=1 or --gradient_checkpointing=1, or a shorter max_seq_len"
         raise SystemExit(f"out of GPU memory with {device_batch_size} rows per micro-batch; run again with {help_}") from None
 

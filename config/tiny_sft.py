@@ -4,5 +4,5 @@ num_iterations = 60
 spelling_rows = 3000
 spelling_bee_rows = 300
 identity_rows = 500
-device_batch_size = 32         # the conversations are short
+device_batch_size = 0          # the most that fit: the conversations are short
 eval_metrics_max_problems = 0  # chat_eval.py does it

@@ -20,7 +20,8 @@ import background
 import common
 import data
 import download as download_module
-from data import TokenStream, pad_batch, start_background, write_token_file
+from background import start_background
+from data import TokenStream, pad_batch, write_token_file
 from download import download
 from tokenizer import Tokenizer
 
@@ -282,6 +283,18 @@ def test_a_shard_without_text_is_refused(folder, monkeypatch):
     assert data.train_shards(1) and not os.path.exists(data.shard_path(0))
 
 
+def test_a_users_own_text_is_never_replaced(folder, monkeypatch):
+    own = parquet_bytes(content=["mine"])
+    with open(data.shard_path(0), "wb") as f:
+        f.write(own)
+    with serve(lambda h, n: send(h, parquet_bytes())) as (url, _):
+        monkeypatch.setattr(download_module, "HF_ENDPOINT", url)
+        with pytest.raises(SystemExit, match="no column 'text'.*move the file away"):
+            data.fetch_shards(1, 1)
+    with open(data.shard_path(0), "rb") as f:
+        assert f.read() == own
+
+
 def test_the_embedded_corpus_is_not_taken_for_a_downloaded_shard(folder, monkeypatch):
     data.write_shard(data.shard_path(0), ["docs"])
     with serve(lambda h, n: send(h, parquet_bytes())) as (url, _):
@@ -471,7 +484,7 @@ def test_a_killed_background_is_noticed(folder):
 
 
 def test_the_background_does_not_outlive_a_killed_trainer():
-    code = ("import os, time; from data import start_background\n"
+    code = ("import os, time; from background import start_background\n"
             "print(start_background(time.sleep, 60).process.pid, flush=True)\n"
             "time.sleep(0.5); os.kill(os.getpid(), 9)")
     trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)

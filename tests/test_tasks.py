@@ -296,3 +296,10 @@ def test_the_calculator_agrees_with_every_annotation(hub):
                     result, wanted = float(calculate(call["text"])), float(output["text"])
                     assert abs(result - wanted) <= 0.01 * max(1, abs(wanted)), call
     assert calls > 15_000
+
+
+def test_nobody_denies_a_name_and_then_gives_it():
+    for name in ("Anna", "max", "GPT-4"):
+        for i in range(2000):
+            *_, asked, answer = identity.conversation(i, name, "", "", "train")["messages"]
+            assert name.lower() not in asked["content"].lower(), (asked, answer)
