@@ -49,8 +49,8 @@ else
     base_flags=(--core_metric_every="$CORE_METRIC_EVERY") mid_flags=(--embedded=0) sft_flags=(--device_batch_size="${SFT_BATCH_SIZE:-4}")
     base_tests=(--core_max_per_task="$CORE_ITEMS") chat_tests=(--max_problems="$EVAL_PROBLEMS") references=gpt2,cl100k_base
 fi
-# the launcher of the training stages: torchrun only where there are several processes
-launch() { if [ "$NPROC" = 1 ]; then python "$@"; else python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"; fi; }
+# the launcher of the training stages: torchrun only where there are several processes; what follows -- is not for it
+launch() { if [ "$NPROC" = 1 ]; then python "$@"; else python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" -- "$@"; fi; }
 # a headline per stage, and how long each one took, for the end
 times=("$(printf '%6d s  set-up' "$SECONDS")") name= begin=$SECONDS
 stage() {

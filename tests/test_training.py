@@ -184,6 +184,18 @@ def test_a_divergence_stops_before_the_weights_are_touched(copy):
     assert all(torch.isfinite(w).all() for name in saved for w in torch.load(copy / FOLDER["base"] / name).values())
 
 
+def test_the_launcher_hands_every_flag_on(tmp_path):
+    with open(os.path.join(ROOT, "pipeline.sh"), encoding="utf-8") as f:
+        [launch] = [line for line in f if line.startswith("launch()")]
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print(sys.argv[1:], flush=True)")
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    for processes in (1, 2):
+        done = subprocess.run(["bash", "-c", f"{launch}launch {script} --run= --resume=1"], capture_output=True, text=True,
+                              env=dict(os.environ, NPROC=str(processes), PATH=path))
+        assert done.stdout.count("['--run=', '--resume=1']") == processes, done.stdout + done.stderr
+
+
 def test_drivers_refuse_an_unknown_config():
     for script in ("run_realistic.sh", "run_single_a100.sh"):
         env = dict(os.environ, CONFIG="huge", PLAN="1")
