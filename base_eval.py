@@ -8,6 +8,7 @@ run     python base_eval.py
         python base_eval.py --core_max_per_task=100   a rough CORE
         torchrun --standalone --nproc_per_node=2 base_eval.py
 """
+import packages  # noqa: F401, I001: first, so that it can say what is missing
 import csv
 import json
 import math
@@ -19,7 +20,7 @@ import torch
 import runtime
 from background import start_background
 from budget import eval_rows
-from checkpoint import load_model, source_of
+from checkpoint import find_checkpoint, load_model, sha_of
 from common import RANK, atomic_write, base_path, duration, print0
 from configurator import configure
 from core import evaluate_core, fetch_bundle, gpt2_scores
@@ -35,7 +36,7 @@ device_batch_size = 0          # rows of text read at a time; 0 = as in training
 core_max_per_task = 0          # items of each CORE task; 0 = all, 91,000 in 22 tasks
 resume = 0                     # 1 = keep what eval.json already has of this checkpoint and these settings
 device = ""                    # cuda, mps or cpu; "" = the best there is
-dtype = ""                     # float32 or bfloat16; "" = the best for the device
+dtype = ""                     # float32 or bfloat16; "" = as in training
 config = configure(globals())  # python base_eval.py config/x.py --core_max_per_task=500
 
 SETTINGS = dict(bpb=dict(eval_tokens=eval_tokens), samples=dict(), core=dict(max_per_task=core_max_per_task))
@@ -46,12 +47,13 @@ if set(parts) - set(SETTINGS):
 if min(core_max_per_task, eval_tokens, device_batch_size) < 0:
     raise SystemExit("core_max_per_task, eval_tokens and device_batch_size must be 0 or more")
 
-machine = runtime.start(device, dtype)
-model, tokenizer, meta, folder = load_model("base", machine, model_tag, step)
+folder, meta = find_checkpoint("base", model_tag, step)
+machine = runtime.start(device, dtype, meta)
+model, tokenizer = load_model(folder, meta, machine)
 path = os.path.join(folder, "eval.json")
 
 # results of the same weights stay; what is evaluated now takes the place of its part
-results = dict(step=meta["step"], checkpoint=source_of("base", meta)["sha256"], settings={}, seconds={})
+results = dict(step=meta["step"], checkpoint=sha_of(meta), settings={}, seconds={})
 if os.path.exists(path):
     with open(path, encoding="utf-8") as f:
         old = json.load(f)

@@ -7,6 +7,7 @@ run     python base_train.py --depth=12
         python base_train.py config/tiny_base.py --resume=1
         torchrun --standalone --nproc_per_node=2 base_train.py --depth=12
 """
+import packages  # noqa: F401, I001: first, so that it can say what is missing
 import os
 import time
 
@@ -15,8 +16,8 @@ import torch
 import runtime
 from background import start_background
 from budget import eval_rows, flops_per_token, micro_batches, model_shape, num_params, rows_per_step
-from checkpoint import (FOLDERS, check_tokenizer, continue_from, is_finished, load_optimizers, load_weights,
-                        micro_batch_of, save_checkpoint)
+from checkpoint import (continue_from, load_optimizers, load_weights, micro_batch_of, save_checkpoint, stage_folder,
+                        tokenizer_of)
 from common import RANK, WORLD_SIZE, Log, Progress, base_path, due, duration, lr_multiplier, print0
 from configurator import configure
 from core import evaluate_core, fetch_bundle
@@ -65,18 +66,12 @@ dtype = ""                     # float32 or bfloat16; "" = bfloat16 from the A10
 compile_model = True           # torch.compile on a GPU; on a CPU it would take longer than it saves
 config = configure(globals())  # python base_train.py config/x.py --num_iterations=50
 
-# a finished stage returns, an unfinished one continues
-machine = runtime.start(device, dtype)
-tokenizer = load_tokenizer()
-checkpoint_dir = base_path(FOLDERS["base"], model_tag or f"d{depth}")
-meta = continue_from(checkpoint_dir, config, resume)
-if meta:
-    check_tokenizer(checkpoint_dir, meta, tokenizer)
-if is_finished(meta):
-    print0(f"base_train: finished already, {meta['step']} steps in {checkpoint_dir}, val bpb {meta['val_bpb']:.4f}")
-    runtime.finish()
-    raise SystemExit(0)
+# a finished stage ends here, an unfinished one continues
+checkpoint_dir = stage_folder("base", model_tag or f"d{depth}")
+meta = continue_from("base", checkpoint_dir, config, resume)
 start_step = meta["step"] if meta else 0
+tokenizer = tokenizer_of(checkpoint_dir, meta) if meta else load_tokenizer()
+machine = runtime.start(device, dtype, meta)
 
 # the model and the batch: all sizes follow from depth; a step has rows, so many at a time fit into memory
 model_config = GPTConfig(sequence_len=max_seq_len, vocab_size=tokenizer.vocab_size, **model_shape(depth, head_dim))
@@ -151,7 +146,7 @@ for step in range(start_step, total_steps + 1):
     clock = time.perf_counter()
     x, y = train_stream.batch_at(step * rows + RANK * rank_rows, rank_rows, max_seq_len, (step + 1) * rows)
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
-    set_schedule(optimizers, multiplier, step)
+    rates = set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
     with runtime.memory_advice(B, rank_rows):
         for first in range(0, rank_rows, B):
@@ -161,7 +156,7 @@ for step in range(start_step, total_steps + 1):
             train_loss += loss.detach()
     train_loss, grad_norm = runtime.update_weights(model, optimizers, step, train_loss, grad_clip)
     machine.synchronize()
-    progress.update(step, train_loss, grad_norm, multiplier, tokens_per_step, time.perf_counter() - clock)
+    progress.update(step, train_loss, grad_norm, rates, tokens_per_step, time.perf_counter() - clock)
 
 print0(f"base_train: {total_steps} steps in {duration(progress.seconds)}, val bpb {val_bpb:.4f}, "
        f"peak memory {machine.peak_memory() / 1e9:.1f} GB")

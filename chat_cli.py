@@ -8,24 +8,24 @@ run     python chat_cli.py -p "Why is the sky blue?"      one answer
 
 A base model knows no questions and answers: it goes on with the text it is given.
 """
+import packages  # noqa: F401, I001: first, so that it can say what is missing
 import contextlib
 import math
-import os
 import random
 import sys
 
-from checkpoint import FOLDERS, load_model, steps_in
+from checkpoint import FOLDERS, find_checkpoint, load_model, tags_of
 from common import base_path
 from configurator import configure
 from engine import Engine, TextStream, printable
 from runtime import start
 
 prompt = ""                    # -p: ask this, print the answer and end; "" = a conversation
-source = "sft"                 # -i: whose model: base, mid, sft, rl; "" = the furthest there is
+source = "sft"                 # -i: whose model: base, mid, sft; "" = the furthest there is
 model_tag = ""                 # which of the stage's models, like d12; "" = the only one
 step = 0                       # training step of the checkpoint; 0 = the newest
 device = ""                    # cuda, mps or cpu; "" = the best there is
-dtype = ""                     # float32 or bfloat16; "" = the best for the device
+dtype = ""                     # float32 or bfloat16; "" = as in training
 temperature = 0.6              # 0 = always the likeliest token, 1 = as trained, more = wilder
 top_k = 50                     # draw among so many of the likeliest tokens; 0 = among all
 max_tokens = 256               # longest answer, in tokens
@@ -45,17 +45,17 @@ def check_knobs():
         raise SystemExit(f"temperature={temperature}: must be 0 or more")
     if top_k < 0:
         raise SystemExit(f"top_k={top_k}: must be 0 (all tokens) or more")
+    if prompt and not prompt.strip():
+        raise SystemExit("prompt: there is nothing in it to answer; leave it out for a conversation")
     if max_tokens < 1:
         raise SystemExit(f"max_tokens={max_tokens}: must be 1 or more")
 
 
 def furthest_stage():
-    """The last stage, in the order base mid sft rl, that has a checkpoint."""
+    """The last stage, in the order base mid sft, that has a checkpoint."""
     for stage in reversed(FOLDERS):
-        parent = base_path(FOLDERS[stage])
-        for tag in os.listdir(parent) if os.path.isdir(parent) else []:
-            if model_tag in ("", tag) and steps_in(os.path.join(parent, tag)):
-                return stage
+        if model_tag in tags_of(stage) or not model_tag and tags_of(stage):
+            return stage
     raise SystemExit(f"{base_path()}: no checkpoint of any stage here; run: bash run_realistic.sh")
 
 
@@ -123,7 +123,7 @@ def reply_to(text, turns, answer_seed):
 
 
 def converse():
-    """Read, answer, remember, until the end of the input."""
+    """Read, answer, remember, until the end of the input. In a file of questions each line stands for itself."""
     turns, asked = [], 0
     while True:
         try:
@@ -142,7 +142,7 @@ def converse():
             note("a new conversation")
         elif text:
             try:
-                reply_to(text, turns, first_seed + asked)
+                reply_to(text, turns if terminal else [], first_seed + asked)
             except ValueError as error:
                 note(error)
             asked += 1                                 # asked again, a question is drawn anew
@@ -152,9 +152,10 @@ check_knobs()
 for stream in (sys.stdin, sys.stdout):                 # bytes or letters that do not fit: no crash
     with contextlib.suppress(AttributeError):
         stream.reconfigure(errors="replace")
-machine = start(device, dtype)
 stage = source or furthest_stage()
-model, tokenizer, meta, folder = load_model(stage, machine, model_tag, step)
+folder, meta = find_checkpoint(stage, model_tag, step)
+machine = start(device, dtype, meta)
+model, tokenizer = load_model(folder, meta, machine)
 engine, context = Engine(model, tokenizer), model.config.sequence_len
 terminal = sys.stdin.isatty()
 first_seed = seed or random.SystemRandom().getrandbits(32)

@@ -12,26 +12,21 @@ import hashlib
 import os
 import shutil
 
-from common import RANK
+from common import RANK, TASK_CODE, code_hash
 from data import is_fresh, pad_batch, write_token_file
 
 FILE_CONVERSATIONS = 8192      # conversations in one token file
-SOURCES = ("tasks.py", "identity.py", "spelling.py", "pydocs.py", "tokenizer.py", "chat_data.py")
 
 
 def conversation_files(folder, conversations, tokenizer, split):
     """
     The token files that a mixture will have, in `folder`; those of another mixture there go.
 
-    The name holds a hash of the tokenizer, of the mixture and of the source that makes the
+    The name holds a hash of the tokenizer, of the mixture and of the code that makes the
     conversations, so that an edited template is never answered with yesterday's tokens.
     """
-    digest = hashlib.sha256(f"{tokenizer.fingerprint} {conversations!r} {len(conversations)}".encode())
-    here = os.path.dirname(os.path.abspath(__file__))
-    for name in SOURCES:
-        with open(os.path.join(here, name), "rb") as f:
-            digest.update(f.read())
-    key = digest.hexdigest()[:16]
+    made_by = [code_hash(name) for name in TASK_CODE]
+    key = hashlib.sha256(f"{tokenizer.fingerprint} {conversations!r} {len(conversations)} {made_by}".encode()).hexdigest()[:16]
     for old in glob.glob(os.path.join(folder, f"{split}_*")):
         if RANK == 0 and not os.path.basename(old).startswith(f"{split}_{key}"):
             os.remove(old)

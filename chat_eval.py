@@ -6,6 +6,7 @@ writes  <stage>_checkpoints/<model_tag>/chat_eval.json
 run     python chat_eval.py -i sft
         python chat_eval.py -i mid -a GSM8K,SpellingBee -x 100
 """
+import packages  # noqa: F401, I001: first, so that it can say what is missing
 import json
 import os
 import time
@@ -13,14 +14,14 @@ import time
 import humaneval
 import runtime
 import sandbox
-from checkpoint import load_model, source_of
+from checkpoint import find_checkpoint, load_model, sha_of
 from common import RANK, atomic_write, duration, print0, standard_error
 from configurator import configure
 from engine import Engine
 from metrics import evaluate_task
 from tasks import arc, check, gsm8k, identity, mmlu, simple_spelling, spelling_bee
 
-source = "sft"                 # -i: whose model: base, mid, sft, rl
+source = "sft"                 # -i: whose model: base, mid or sft
 model_tag = ""                 # which model of that stage, like d12; "" = the only one there is
 step = 0                       # training step of the checkpoint; 0 = the newest
 tasks = ""                     # -a: names with commas between; "" = all
@@ -55,10 +56,9 @@ def chatcore(results, names):
     return sum(centered) / len(centered)
 
 
-machine = runtime.start(device, dtype)
-model, tokenizer, meta, folder = load_model(source, machine, model_tag, step)
-runtime.use_numerics(machine, dtype, meta["machine"])
-model.compute_dtype = machine.dtype
+folder, meta = find_checkpoint(source, model_tag, step)
+machine = runtime.start(device, dtype, meta)
+model, tokenizer = load_model(folder, meta, machine)
 engine = Engine(model, tokenizer)
 path = os.path.join(folder, "chat_eval.json")
 tests = small_tests(meta) if embedded else {
@@ -69,7 +69,7 @@ if set(wanted) - set(tests):
     raise SystemExit(f"tasks={tasks}: must be some of {','.join(tests)}")
 
 # results of the same weights stay; what is tested now takes the place of its own
-results = dict(stage=source, step=meta["step"], checkpoint=source_of(source, meta)["sha256"], tasks={}, seconds=0.0)
+results = dict(stage=source, step=meta["step"], checkpoint=sha_of(meta), tasks={}, seconds=0.0)
 if os.path.exists(path):
     with open(path, encoding="utf-8") as f:
         old = json.load(f)

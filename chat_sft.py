@@ -9,6 +9,7 @@ writes  chatsft_checkpoints/<model_tag>/{model,optim,meta}_NNNNNN.*, log.jsonl
 run     python chat_sft.py
         python chat_sft.py config/tiny_sft.py --resume=1
 """
+import packages  # noqa: F401, I001: first, so that it can say what is missing
 import os
 import time
 
@@ -17,9 +18,9 @@ import torch
 import runtime
 from budget import flops_per_token, micro_batches
 from chat_data import padded_batch
-from checkpoint import (FOLDERS, check_finished, continue_from, find_folder, is_finished, load_model, load_optimizers,
-                        load_weights, micro_batch_of, read_meta, save_checkpoint, source_of)
-from common import RANK, WORLD_SIZE, Log, Progress, base_path, due, duration, lr_multiplier, print0
+from checkpoint import (continue_from, find_parent, load_model, load_optimizers, micro_batch_of, save_checkpoint, source_of,
+                        stage_folder)
+from common import RANK, WORLD_SIZE, Log, Progress, due, duration, lr_multiplier, print0
 from configurator import configure
 from engine import Engine
 from metrics import evaluate_loss, evaluate_task, to_device
@@ -28,8 +29,9 @@ from tasks import (arc, check, docstrings, gsm8k, identity, identity_file, mixtu
                    spelling_bee)
 
 # where from
-source = "mid"                 # the stage whose model is tuned: mid or base (-i)
-model_tag = ""                 # which model of that stage; "" = the only one there is
+source = "mid"                 # -i: the stage whose model is tuned, mid or base
+source_tag = ""                # which model of that stage; "" = the one with model_tag, or the only one there is
+model_tag = ""                 # folder of the checkpoints; "" = as that model's
 # the mixture
 embedded = False               # 1 = only tasks that need no download
 identity_rows = 1000           # conversations about who the model is, where they are made here
@@ -63,28 +65,20 @@ device = ""                    # cuda, mps or cpu; "" = the best there is
 dtype = ""                     # float32 or bfloat16; "" = as in the stage before
 config = configure(globals())
 
-# a finished stage returns, an unfinished one continues
-machine = runtime.start(device, dtype)
-source_folder = find_folder(source, model_tag)
-source_meta = read_meta(source_folder)
-check_finished(source_folder, source_meta)
-parent = source_of(source, source_meta)
-checkpoint_dir = base_path(FOLDERS["sft"], os.path.basename(source_folder))
-meta = continue_from(checkpoint_dir, config, resume, parent)
-if is_finished(meta):
-    print0(f"chat_sft: finished already, {meta['step']} steps in {checkpoint_dir}, val loss {meta['val_loss']:.4f}")
-    runtime.finish()
-    raise SystemExit(0)
+# a finished stage ends here, an unfinished one continues
+source_folder, source_meta = find_parent(source, source_tag, model_tag)
+parent = source_of(source, source_folder, source_meta)
+checkpoint_dir = stage_folder("sft", model_tag or parent["tag"])
+meta = continue_from("sft", checkpoint_dir, config, resume, parent)
 start_step = meta["step"] if meta else 0
-runtime.use_numerics(machine, dtype, (meta or source_meta)["machine"])
+machine = runtime.start(device, dtype, meta or source_meta)
 
 free_bytes = machine.free_memory()                              # before the weights are there
-# weights: the stage before's, or those where this stage had got to
-model, tokenizer, source_meta, _ = load_model(source, machine, os.path.basename(source_folder), source_meta["step"],
-                                              gradient_checkpointing)
+# weights: those where this stage had got to, or the stage before's
+model, tokenizer = load_model(checkpoint_dir if meta else source_folder, meta or source_meta, machine,
+                              gradient_checkpointing)
 optimizers = build_optimizers(model, matrix_lr * init_lr_frac, embedding_lr * init_lr_frac, unembedding_lr * init_lr_frac)
 if meta:
-    load_weights(checkpoint_dir, model, meta)
     load_optimizers(checkpoint_dir, optimizers, meta)
 
 # the mixture; who the model is was settled in mid-training
@@ -155,7 +149,7 @@ for step in range(start_step, total_steps + 1):
     num_tokens, num_targets = runtime.sum_over_ranks([sum(x.size for x, y in batches),
                                                       sum((y >= 0).sum() for x, y in batches)], machine.device)
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
-    set_schedule(optimizers, multiplier, step)
+    rates = set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
     with runtime.memory_advice(B, rank_rows, "SFT_BATCH_SIZE"):
         for x, y in batches:
@@ -164,7 +158,7 @@ for step in range(start_step, total_steps + 1):
             train_loss += loss.detach()
     train_loss, grad_norm = runtime.update_weights(model, optimizers, step, train_loss, grad_clip)
     machine.synchronize()
-    progress.update(step, train_loss, grad_norm, multiplier, num_tokens, time.perf_counter() - clock)
+    progress.update(step, train_loss, grad_norm, rates, num_tokens, time.perf_counter() - clock)
 
 print0(f"chat_sft: {total_steps} steps in {duration(progress.seconds)}, val loss {val_loss:.4f}, "
        f"peak memory {machine.peak_memory() / 1e9:.1f} GB")

@@ -5,24 +5,32 @@ A step is three kinds of files in the stage's folder: model_NNNNNN.pt, optim_NNN
 last of all, meta_NNNNNN.json with the sizes and sha256 of the others. No meta, no checkpoint.
 Tensors are saved and loaded as data (weights_only), never as code.
 """
+import functools
 import hashlib
 import json
 import os
 import re
+import shlex
+import shutil
+import sys
 
 import torch
 
 from budget import KEEP
-from common import RANK, WORLD_SIZE, atomic_write, base_path, print0
+from common import RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, print0
 from model import GPT, GPTConfig
 from runtime import barrier
 from tokenizer import load_tokenizer
 
-FOLDERS = dict(base="base_checkpoints", mid="mid_checkpoints", sft="chatsft_checkpoints", rl="chatrl_checkpoints")
-SCRIPTS = dict(base="base_train.py", mid="mid_train.py", sft="chat_sft.py", rl="chat_rl.py")
+# the stages in their order: where their models are, what trains them, and the code that their weights depend on
+FOLDERS = dict(base="base_checkpoints", mid="mid_checkpoints", sft="chatsft_checkpoints")
+SCRIPTS = dict(base="base_train.py", mid="mid_train.py", sft="chat_sft.py")
+CODE = dict(base=("model.py", "muon.py", "data.py", SCRIPTS["base"]),
+            mid=("model.py", "muon.py", *TASK_CODE, SCRIPTS["mid"]),
+            sft=("model.py", "muon.py", *TASK_CODE, SCRIPTS["sft"]))
 
 # knobs that may differ when a run is continued: they change how it runs or what it prints
-FREE_KNOBS = {"run", "resume", "model_tag", "device", "dtype", "device_batch_size", "compile_model", "gradient_checkpointing",
+FREE_KNOBS = {"run", "resume", "model_tag", "source_tag", "device", "dtype", "device_batch_size", "compile_model", "gradient_checkpointing",
               "save_every", "eval_every", "eval_tokens", "eval_examples", "sample_every", "eval_metrics_every",
               "eval_metrics_max_problems", "core_metric_every", "core_metric_max_per_task", "final_eval_tokens"}
 
@@ -31,7 +39,7 @@ def save_checkpoint(folder, step, model, optimizers, meta):
     """
     Write one step; every rank calls it, each saves its own share of the optimizer's state.
 
-    meta: JSON data; "step", "model_config" and "files" are added. Older steps are removed after.
+    meta: JSON data with "stage"; step, tag, code, model_config and files are added. Older steps are removed after.
     """
     os.makedirs(folder, exist_ok=True)
     if RANK == 0:
@@ -47,7 +55,8 @@ def save_checkpoint(folder, step, model, optimizers, meta):
         files = {name: fingerprint(os.path.join(folder, name)) for name in names}
         config = vars(model.config)
         with atomic_write(path_of(folder, "meta", step), "w") as f:
-            json.dump(dict(step=step, **meta, model_config=config, world_size=WORLD_SIZE, files=files), f, indent=1)
+            json.dump(dict(step=step, **meta, tag=os.path.basename(folder), code=code_of(meta["stage"]),
+                           model_config=config, world_size=WORLD_SIZE, files=files), f, indent=1)
         for old in steps_in(folder)[:-KEEP]:
             remove_step(folder, old)
         print0(f"saved {path_of(folder, 'model', step)}")
@@ -85,7 +94,7 @@ def steps_in(folder):
 
 
 def remove_leftovers(folder):
-    """Remove what a crash in the middle of saving has left: files of a step that has no meta."""
+    """Remove what a crash has left: files of a step that has no meta."""
     whole = steps_in(folder)
     for name in os.listdir(folder):
         part = re.fullmatch(r"(model|optim|meta)_(\d{6,})(_rank\d+)?\.(pt|json)(\.\d+\.tmp)?", name)
@@ -128,43 +137,79 @@ def read_tensors(folder, name, meta):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def continue_from(folder, config, resume, source=None):
+@functools.cache
+def code_of(stage):
+    """{file: hash} of the code a stage's weights depend on, as it was when this process first asked."""
+    return {name: code_hash(name) for name in CODE[stage]}
+
+
+def changed_code(meta, names):
+    """Those of the files whose code is another one than when the checkpoint was trained."""
+    return [name for name in names if name in meta.get("code", {}) and meta["code"][name] != code_hash(name)]
+
+
+def continue_from(stage, folder, config, resume, source=None):
     """
-    The meta to continue from, or None to start at step 0; ends the run where neither is right.
+    The meta of the checkpoint to continue from, or None to start at step 0. A finished stage ends here.
 
     config  the knobs of this run; those that shape the training must be the old ones
-    source  {"sha256": ...} of the checkpoint the stage starts from: a stage trained from another
-            one is never taken for finished
+    source  source_of() the checkpoint that the stage starts from: a model of another one is never taken for finished
+    raises  SystemExit 0 where the stage is finished, with a line where going on would be wrong
     """
+    code_of(stage)                                               # now: what is edited later is not what trains
     meta = read_meta(folder)
     if meta is None:
         return None
-    beside = "move the folder away to train anew" + ("" if source else ", or train beside it with another --model_tag")
+    anew = f"to train it again, first: {set_aside(stage, folder, meta)}"
+    beside = f"train another one beside it with --model_tag=NEW; {anew}"
     if not resume:
-        raise SystemExit(f"{folder}: holds a checkpoint of step {meta['step']}; --resume=1 continues it, or {beside}")
+        raise SystemExit(f"{folder}: holds a checkpoint of step {meta['step']}; --resume=1 continues it; {beside}")
+    if source and meta["source"]["sha256"] != source["sha256"]:
+        raise SystemExit(f"{folder}: was trained from another {source['stage']} checkpoint than the one in "
+                         f"{stage_folder(source['stage'], source['tag'])} now; {anew}")
     changed = [k for k, v in config.items() if k in meta["config"] and k not in FREE_KNOBS and meta["config"][k] != v]
     if changed:
-        k = changed[0]
-        raise SystemExit(f"{folder}: trained with {k}={meta['config'][k]!r}, this run asks for {config[k]!r}; "
-                         f"set it back, or {beside}")
-    if source and meta["source"]["sha256"] != source["sha256"]:
-        raise SystemExit(f"{folder}: was trained from another {source['stage']} checkpoint than the one there now; "
-                         "move the folder away to train this stage again")
+        old, new = (", ".join(f"{k}={values[k]!r}" for k in changed) for values in (meta["config"], config))
+        raise SystemExit(f"{folder}: trained with {old}; this run asks for {new}. Set it back, or {beside}")
+    edited = changed_code(meta, CODE[stage])
+    if edited:
+        goes = "stays as it is" if is_finished(meta) else f"goes on from step {meta['step']} with the new code"
+        print0(f"{', '.join(edited)} changed since {folder} was trained; it {goes}. --model_tag=NEW (with the drivers "
+               f"MODEL_TAG=NEW) trains the new one beside it; {anew}")
+    if is_finished(meta):
+        if RANK == 0:
+            shutil.rmtree(os.path.join(folder, "tokens"), ignore_errors=True)     # a crash may have left them
+        result = ", ".join(f"{key.replace('_', ' ')} {meta[key]:.4f}" for key in ("val_bpb", "val_loss") if key in meta)
+        print0(f"{SCRIPTS[stage][:-3]}: finished already, {meta['step']} steps in {folder}, {result}")
+        raise SystemExit(0)
     return meta
 
 
-def check_tokenizer(folder, meta, tokenizer):
-    """End the run where a checkpoint was made with another vocabulary than the one in place."""
+def set_aside(stage, folder, meta):
+    """The shell command that moves a model and all that were trained from it out of the way."""
+    later = list(FOLDERS)[list(FOLDERS).index(stage) + 1:]
+    stale = [folder, *(other for name in later for other in map(functools.partial(stage_folder, name), tags_of(name))
+                       if sha_of(meta) in ancestors(read_meta(other)))]
+    moves = []
+    for old in stale:
+        new = f"{old}.old"
+        while os.path.exists(new):
+            new += "er"
+        moves.append(f"mv {shlex.quote(old)} {shlex.quote(new)}")
+    return " && ".join(moves)
+
+
+def tokenizer_of(folder, meta):
+    """The tokenizer that a checkpoint was trained with; SystemExit where it is not the one in place."""
+    place = base_path("tokenizer")
+    if not os.path.exists(os.path.join(place, "meta.json")):
+        raise SystemExit(f"{place}: no tokenizer here; copy the tokenizer/ folder that belongs to {folder} to this place "
+                         "(a new one would have another vocabulary)")
+    tokenizer = load_tokenizer()
     if meta["tokenizer"] != tokenizer.fingerprint:
-        raise SystemExit(f"{folder}: was trained with another tokenizer than the one in {base_path('tokenizer')}; "
-                         "put its own back, or move the folder away")
-
-
-def check_finished(folder, meta):
-    """End the run where the stage before has not reached its last step."""
-    if not is_finished(meta):
-        raise SystemExit(f"{folder}: only at step {meta['step']} of {meta['num_iterations']}; finish it first, with "
-                         f"{SCRIPTS[meta['stage']]} --resume=1")
+        raise SystemExit(f"{folder}: was trained with another tokenizer than the one in {place}; put its own back, or "
+                         "move the folder away")
+    return tokenizer
 
 
 def micro_batch_of(meta):
@@ -192,40 +237,103 @@ def load_optimizers(folder, optimizers, meta):
         muon.load_state_dict(muon.take_share([s[1] for s in saved]))
 
 
-def find_folder(stage, model_tag=""):
-    """The folder of a stage's model; without a tag the only one there is, never a guess."""
-    parent = base_path(FOLDERS[stage])
-    tags = sorted(t for t in (os.listdir(parent) if os.path.isdir(parent) else []) if steps_in(os.path.join(parent, t)))
-    if model_tag in tags:
-        return os.path.join(parent, model_tag)
-    if not tags or model_tag:
-        wanted = os.path.join(parent, model_tag) if model_tag else parent
-        raise SystemExit(f"{wanted}: no checkpoint here; run {SCRIPTS[stage]} first"
-                         + (f" or choose --model_tag from {', '.join(tags)}" if tags else ""))
-    if len(tags) > 1:
-        raise SystemExit(f"{parent}: holds several models; choose one with --model_tag= from {', '.join(tags)}")
-    return os.path.join(parent, tags[0])
-
-
-def load_model(stage, machine, model_tag="", step=0, gradient_checkpointing=False):
-    """
-    A trained model on the machine's device -> (model, tokenizer, meta, folder).
-
-    stage   base, mid, sft or rl
-    raises  SystemExit where there is none, or where its tokenizer is not the one in place
-    """
+def stage_folder(stage, model_tag):
+    """Where a stage keeps the model of that tag; SystemExit for what can't be a tag or a stage."""
     if stage not in FOLDERS:
         raise SystemExit(f"source={stage}: must be one of {', '.join(FOLDERS)}")
-    folder = find_folder(stage, model_tag)
-    meta, tokenizer = read_meta(folder, step), load_tokenizer()
-    check_tokenizer(folder, meta, tokenizer)
+    if os.path.basename(model_tag) != model_tag or model_tag in ("", ".", ".."):
+        raise SystemExit(f"model_tag={model_tag}: must be a plain name, like d12 or try-2")
+    return base_path(FOLDERS[stage], model_tag)
+
+
+def tags_of(stage):
+    """The tags of a stage that have a checkpoint, in order."""
+    parent = base_path(FOLDERS[stage])
+    return sorted(t for t in (os.listdir(parent) if os.path.isdir(parent) else []) if steps_in(os.path.join(parent, t)))
+
+
+def find_checkpoint(stage, model_tag="", step=0):
+    """
+    (folder, meta) of a stage's model; step 0 = the newest. Without a tag the only one there is, never a guess.
+
+    A folder that was copied or renamed counts only by its name, so a backup is in nobody's way.
+    """
+    folder = stage_folder(stage, model_tag or "any")
+    tags = tags_of(stage)
+    if model_tag not in tags:
+        if not tags or model_tag:
+            raise SystemExit(f"{folder if model_tag else os.path.dirname(folder)}: no checkpoint here; run {SCRIPTS[stage]} first"
+                             + (f" or choose --model_tag from {', '.join(tags)}" if tags else ""))
+        own = [tag for tag in tags if read_meta(stage_folder(stage, tag)).get("tag", tag) == tag]
+        if len(own or tags) > 1:
+            raise SystemExit(f"{os.path.dirname(folder)}: holds several models; choose one with --model_tag= from "
+                             f"{', '.join(tags)}")
+        folder = stage_folder(stage, (own or tags)[0])
+    return folder, read_meta(folder, step)
+
+
+def find_parent(stage, source_tag, model_tag):
+    """
+    (folder, meta) of the finished model that the next stage starts from.
+
+    source_tag, if it is given; else the one with the tag of the model to be trained; else the only one there is
+    """
+    folder, meta = find_checkpoint(stage, source_tag or (model_tag if model_tag in tags_of(stage) else ""))
+    if not is_finished(meta):
+        raise SystemExit(f"{folder}: only at step {meta['step']} of {meta['num_iterations']}; finish it first, with "
+                         f"{SCRIPTS[stage]} --resume=1")
+    return folder, meta
+
+
+def load_model(folder, meta, machine, gradient_checkpointing=False):
+    """
+    A trained model on the machine's device, and its tokenizer -> (model, tokenizer).
+
+    What makes the model out of date is said on stderr, so that stdout stays the caller's.
+    raises SystemExit where the files are damaged or the tokenizer is not the one in place
+    """
+    tokenizer = tokenizer_of(folder, meta)
+    for reason in out_of_date(meta) if RANK == 0 else []:
+        print(f"({folder}: {reason})", file=sys.stderr, flush=True)
     model = GPT(GPTConfig(**meta["model_config"]), machine.dtype, gradient_checkpointing)
     load_weights(folder, model, meta)
-    return model.to(machine.device), tokenizer, meta, folder
+    return model.to(machine.device), tokenizer
 
 
-def source_of(stage, meta):
+def sha_of(meta):
+    """The sha256 of a checkpoint's weights; "" if it is not known."""
+    return meta.get("files", {}).get(f"model_{meta.get('step', 0):06d}.pt", [0, ""])[1]
+
+
+def source_of(stage, folder, meta):
     """What a later stage keeps of the checkpoint it starts from: enough to tell it from another."""
-    name = f"model_{meta['step']:06d}.pt"
-    return dict(stage=stage, step=meta["step"], sha256=meta["files"][name][1], config=meta["config"],
+    return dict(stage=stage, tag=os.path.basename(folder), step=meta["step"], sha256=sha_of(meta), config=meta["config"],
                 source=meta.get("source"))
+
+
+def sources(meta):
+    """The checkpoints that a model came from, its parent first, as source_of() has kept them."""
+    while meta and (meta := meta.get("source")):
+        yield meta
+
+
+def ancestors(meta):
+    """The sha256 of all weights that a model came from."""
+    return [source["sha256"] for source in sources(meta)]
+
+
+def out_of_date(meta):
+    """
+    Why a model is not what its stages would make now, a text each: other code, or what it came from is gone.
+
+    Where nothing of an earlier stage is kept, as after copying a finished model to another computer, nothing is said.
+    """
+    tag = meta.get("tag", "")
+    if changed_code(meta, ["model.py"]):
+        yield "model.py changed since this was trained, and may not fit these weights; --model_tag=NEW trains a new one"
+    for source in sources(meta):
+        folder = stage_folder(source["stage"], source.get("tag") or tag)
+        if os.path.isdir(os.path.dirname(folder)) and sha_of(read_meta(folder) or {}) != source["sha256"]:
+            there = "another one is" if steps_in(folder) else "none is"
+            yield (f"it came from a {source['stage']} model of step {source['step']} in {folder}, where {there} now; "
+                   "the same command as before trains it again")

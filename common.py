@@ -3,7 +3,9 @@ Small things every stage shares: where files live, the environment, schedules, a
 
 No torch here, so that the scripts which only move text start at once.
 """
+import ast
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -15,7 +17,23 @@ MIRROR = (os.environ.get("NANOCHAT_MIRROR") or "").rstrip("/")   # fetches <url>
 RANK = int(os.environ.get("RANK", 0))                            # torchrun sets these three
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+if os.path.exists(BASE_DIR) and not os.path.isdir(BASE_DIR):
+    raise SystemExit(f"NANOCHAT_BASE_DIR={BASE_DIR}: is a file; it must be a folder, which is made where there is none")
 WANDB_IS_SET_UP = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
+
+
+# the code that makes conversations, and with it what mid-training and fine-tuning learn
+TASK_CODE = ("tasks.py", "identity.py", "spelling.py", "pydocs.py", "tokenizer.py", "chat_data.py")
+
+
+def code_hash(name):
+    """16 hex digits for what a Python file of ours does: comments, docstrings and layout do not count."""
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), encoding="utf-8") as f:
+        tree = ast.parse(f.read())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body[0].value.value = ""
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
 
 def base_path(*parts):
@@ -160,20 +178,26 @@ class Progress:
     def state(self):
         return dict(seconds=self.seconds, tokens=self.tokens, loss=[self.loss.total, self.loss.weight])
 
-    def update(self, step, loss, grad_norm, lr_multiplier, num_tokens, step_seconds):
-        """Log optimizer step `step`, which took step_seconds for num_tokens tokens on all ranks."""
+    def update(self, step, loss, grad_norm, rates, num_tokens, step_seconds):
+        """
+        Log optimizer step `step`, which took step_seconds for num_tokens tokens on all ranks.
+
+        rates  learning rates by name, as muon.set_schedule has set them
+        """
         self.seconds += step_seconds
         self.tokens += num_tokens
         speed = num_tokens / step_seconds
         mfu = speed * self.flops_per_token / (self.peak_flops * WORLD_SIZE) if self.peak_flops else None
-        self.log.write(step, loss=loss, lr_multiplier=lr_multiplier, grad_norm=grad_norm, ms=1000 * step_seconds,
-                       tokens_per_second=speed, mfu=mfu, seconds=self.seconds)
+        self.log.write(step, loss=loss, **rates, grad_norm=grad_norm, ms=1000 * step_seconds, tokens_per_second=speed,
+                       mfu=mfu, seconds=self.seconds)
         smooth, left = self.loss.update(loss), self.total_steps - step - 1
         eta = self.step_seconds.update(step_seconds) * left
         self.unsaid += step_seconds
+        if step == self.start_step:
+            print0("lr below: of the matrices / the token table / the output head")
         if step < self.start_step + 5 or self.unsaid > 1 or left == 0:   # of fast steps one a second
             self.unsaid = 0.0
-            print0(f"step {step:5d}/{self.total_steps} | loss {smooth:.4f} | lr x{lr_multiplier:.2f} | "
+            print0(f"step {step:5d}/{self.total_steps} | loss {smooth:.4f} | lr {' / '.join(f'{rate:.2g}' for rate in rates.values())} | "
                    f"{1000 * step_seconds:.0f} ms | {speed:,.0f} tok/s | " +
                    (f"mfu {100 * mfu:.1f} % | " if mfu else "") + f"eta {duration(eta)}")
 

@@ -92,7 +92,13 @@ def read_flag(arg, knobs):
 def read_file(path, knobs):
     """Run a config file with the current knobs in view; return what it assigned."""
     if not (path.endswith(".py") and os.path.isfile(path)):
-        raise SystemExit(f"{path}: neither --knob=value nor the path of a config file (.py)")
+        name, equals, _ = path.partition("=")
+        if equals and name.replace("-", "_") in knobs:
+            raise SystemExit(f"{path}: write --{path}")
+        folder = os.path.dirname(path) or "config"
+        files = sorted(f for f in os.listdir(folder) if f.endswith(".py")) if os.path.isdir(folder) else []
+        raise SystemExit(f"{path}: neither --knob=value nor the path of a config file"
+                         + (f"; {folder}/ has {', '.join(files)}" if files else ""))
     names = dict(knobs)
     try:
         with open(path, encoding="utf-8") as f:

@@ -12,7 +12,7 @@ import statistics
 
 from common import atomic_write
 
-COLORS = ["#2f66a9", "#b5651d", "#2f855a", "#7b4fa3"]   # base, mid, sft, rl; told apart in grey too
+COLORS = ["#2f66a9", "#b5651d", "#2f855a"]   # base, mid, sft; told apart in grey too
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_POINTS = 2000             # faint points in a panel: more are a blot, and slow to draw
 LOSS, BPB, SPEED = "loss\n(nats per token)", "validation\n(bits per byte)", "speed\n(1,000 tokens/s)"

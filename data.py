@@ -6,6 +6,7 @@ writes  base_data/shard_NNNNN.parquet and, beside it, shard_NNNNN.<tokenizer's f
 run     python data.py -n 8               the first 8 training shards and the validation shard
         python data.py --embedded=1       no network: the documentation inside this Python
 """
+import packages  # noqa: F401, I001: first, so that it can say what is missing
 import bisect
 import contextlib
 import itertools

@@ -9,6 +9,7 @@ writes  mid_checkpoints/<model_tag>/{model,optim,meta}_NNNNNN.*, log.jsonl
 run     python mid_train.py
         python mid_train.py config/tiny_mid.py --resume=1
 """
+import packages  # noqa: F401, I001: first, so that it can say what is missing
 import os
 import time
 
@@ -18,9 +19,9 @@ import runtime
 from background import start_background
 from budget import eval_rows, flops_per_token, micro_batches, rows_per_step
 from chat_data import conversation_files, epoch_tokens, make_conversation_files, remove_files
-from checkpoint import (FOLDERS, check_finished, continue_from, find_folder, is_finished, load_model, load_optimizers,
-                        load_weights, micro_batch_of, read_meta, save_checkpoint, source_of)
-from common import RANK, WORLD_SIZE, Log, Progress, base_path, due, duration, lr_multiplier, print0
+from checkpoint import (continue_from, find_parent, load_model, load_optimizers, micro_batch_of, save_checkpoint, source_of,
+                        stage_folder)
+from common import RANK, WORLD_SIZE, Log, Progress, due, duration, lr_multiplier, print0
 from configurator import configure
 from data import TokenStream
 from metrics import evaluate_bpb, to_device
@@ -28,7 +29,8 @@ from muon import build_optimizers, set_schedule
 from tasks import docstrings, gsm8k, identity, identity_file, mixture, mmlu, simple_spelling, smoltalk, spelling_bee
 
 # where from
-model_tag = ""                 # which base model; "" = the only one there is
+source_tag = ""                # which base model; "" = the one with model_tag, or the only one there is
+model_tag = ""                 # folder of the checkpoints; "" = as the base model's
 # the mixture
 embedded = False               # 1 = only tasks that need no download
 assistant_name = ""            # what the model is called; "" = nanochat's own identity, which is downloaded
@@ -65,29 +67,19 @@ dtype = ""                     # float32 or bfloat16; "" = as in pretraining
 compile_model = True           # torch.compile on a GPU
 config = configure(globals())
 
-# a finished stage returns, an unfinished one continues
-machine = runtime.start(device, dtype)
-base_folder = find_folder("base", model_tag)
-base_meta = read_meta(base_folder)
-check_finished(base_folder, base_meta)
-source = source_of("base", base_meta)
-checkpoint_dir = base_path(FOLDERS["mid"], os.path.basename(base_folder))
-meta = continue_from(checkpoint_dir, config, resume, source)
-if is_finished(meta):
-    remove_files(os.path.join(checkpoint_dir, "tokens"))
-    print0(f"mid_train: finished already, {meta['step']} steps in {checkpoint_dir}, val bpb {meta['val_bpb']:.4f}")
-    runtime.finish()
-    raise SystemExit(0)
+# a finished stage ends here, an unfinished one continues
+base_folder, base_meta = find_parent("base", source_tag, model_tag)
+source = source_of("base", base_folder, base_meta)
+checkpoint_dir = stage_folder("mid", model_tag or source["tag"])
+meta = continue_from("mid", checkpoint_dir, config, resume, source)
 start_step = meta["step"] if meta else 0
-runtime.use_numerics(machine, dtype, (meta or base_meta)["machine"])
+machine = runtime.start(device, dtype, meta or base_meta)
 
 free_bytes = machine.free_memory()                              # before the weights are there
-# weights: the base model's, or those where this stage had got to
-model, tokenizer, base_meta, _ = load_model("base", machine, os.path.basename(base_folder), base_meta["step"],
-                                            gradient_checkpointing)
+# weights: those where this stage had got to, or the base model's
+model, tokenizer = load_model(checkpoint_dir if meta else base_folder, meta or base_meta, machine, gradient_checkpointing)
 optimizers = build_optimizers(model, matrix_lr * init_lr_frac, embedding_lr * init_lr_frac, unembedding_lr * init_lr_frac)
 if meta:
-    load_weights(checkpoint_dir, model, meta)
     load_optimizers(checkpoint_dir, optimizers, meta)
 forward = torch.compile(model, dynamic=False) if compile_model and machine.device.type == "cuda" else model
 
@@ -157,7 +149,7 @@ for step in range(start_step, total_steps + 1):
     x, y = train_stream.batch_at(step * rows + RANK * rank_rows, rank_rows, max_seq_len, (step + 1) * rows)
     [num_targets] = runtime.sum_over_ranks([(y >= 0).sum()], machine.device)
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
-    set_schedule(optimizers, multiplier, step)
+    rates = set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
     with runtime.memory_advice(B, rank_rows):
         for first in range(0, rank_rows, B):
@@ -167,7 +159,7 @@ for step in range(start_step, total_steps + 1):
             train_loss += loss.detach()
     train_loss, grad_norm = runtime.update_weights(model, optimizers, step, train_loss, grad_clip)
     machine.synchronize()
-    progress.update(step, train_loss, grad_norm, multiplier, tokens_per_step, time.perf_counter() - clock)
+    progress.update(step, train_loss, grad_norm, rates, tokens_per_step, time.perf_counter() - clock)
 
 remove_files(token_dir)
 print0(f"mid_train: {total_steps} steps in {duration(progress.seconds)}, val bpb {val_bpb:.4f}, "

@@ -128,9 +128,16 @@ def build_optimizers(model, matrix_lr, embedding_lr, unembedding_lr):
 
 
 def set_schedule(optimizers, lr_multiplier, step):
-    """Learning rates and Muon's momentum (0.85 -> 0.95 over the first 300 steps) for this step."""
+    """
+    Set learning rates and Muon's momentum (0.85 -> 0.95 over the first 300 steps) for this step.
+
+    returns dict(matrix_lr, embedding_lr, unembedding_lr), the rates as they are now
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_multiplier
             if "momentum" in group:
                 group["momentum"] = 0.85 + 0.10 * min(step / 300, 1.0)
+    adamw, muon = optimizers
+    wte, lm_head = adamw.param_groups
+    return dict(matrix_lr=muon.param_groups[0]["lr"], embedding_lr=wte["lr"], unembedding_lr=lm_head["lr"])

@@ -1,5 +1,16 @@
 # The stages in order, for both drivers, which set CONFIG and the row of values and source this file.
 # Each stage decides by itself whether it is finished, has to go on or begins; see checkpoint.py.
+[ -n "${CONFIG:-}" ] || { echo "pipeline.sh: it is a part of the drivers; run: bash run_realistic.sh" >&2; exit 1; }
+
+# what may be set from outside: what is set is said, and plan.py refuses a name that is nearly one of these
+VARIABLES="CONFIG DEPTH MAX_SEQ_LEN TOTAL_BATCH_SIZE BASE_ITERATIONS MID_ITERATIONS SFT_ITERATIONS DATA_SHARDS MAX_CHARS VOCAB_SIZE
+    SAVE_EVERY CORE_METRIC_EVERY CORE_ITEMS EVAL_PROBLEMS DEVICE_BATCH_SIZE SFT_BATCH_SIZE GRADIENT_CHECKPOINTING MODEL_TAG BASE_TAG
+    NPROC WANDB_RUN NANOCHAT_BASE_DIR NANOCHAT_MIRROR HF_ENDPOINT PLAN PYTHON"
+printf 'settings:'
+for name in $VARIABLES; do
+    if [ -n "${!name:-}" ]; then printf ' %s=%s' "$name" "${!name}"; fi
+done
+echo
 
 DEPTH=${DEPTH:-$1}                        # layers; the one dial of model size
 MAX_SEQ_LEN=${MAX_SEQ_LEN:-$2}            # tokens in a row, and the context of the chat
@@ -19,20 +30,22 @@ SFT_BATCH_SIZE=${SFT_BATCH_SIZE:-}        # conversations per micro-batch; empty
 WANDB_RUN=${WANDB_RUN:-}                  # name of the run in wandb; empty = log.jsonl alone
 GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-0}  # 1 = less memory, slower
 NPROC=${NPROC:-1}                         # GPUs, or processes on a CPU
+MODEL_TAG=${MODEL_TAG:-d$DEPTH}           # folder of the checkpoints: another one trains beside the first
+BASE_TAG=${BASE_TAG:-$MODEL_TAG}          # folder of the base model; set both to go on from a base model that is there
 
-tag=d$DEPTH
 # its own tokenizer and text for the tiny model, so that a later demo run does not find them in its way
-if [ "$CONFIG" = tiny ]; then export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat/tiny}; fi
+if [ "$CONFIG" = tiny ]; then NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat/tiny}; fi
+export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
 
 plan() {
     "$1" plan.py --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$TOTAL_BATCH_SIZE" \
         --num_iterations="$BASE_ITERATIONS" --mid_iterations="$MID_ITERATIONS" --sft_iterations="$SFT_ITERATIONS" \
         --num_shards="$DATA_SHARDS" --vocab_size="$VOCAB_SIZE" --device_batch_size="$DEVICE_BATCH_SIZE" --num_processes="$NPROC" \
-        --gradient_checkpointing="$GRADIENT_CHECKPOINTING"
+        --gradient_checkpointing="$GRADIENT_CHECKPOINTING" --known="$VARIABLES" --given="$(compgen -e)"
 }
 # before anything is downloaded; the plan needs a Python but no packages
 if command -v python3 >/dev/null; then plan python3; else . ./setup.sh; plan python; fi
-if [ -n "${PLAN:-}" ]; then exit 0; fi
+case "${PLAN:-0}" in 0) ;; *) exit 0 ;; esac
 
 . ./setup.sh
 if [ "$CONFIG" != tiny ] && nvidia-smi >/dev/null 2>&1 && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -74,11 +87,11 @@ python tok_train.py --max_chars="$MAX_CHARS" --vocab_size="$VOCAB_SIZE" --num_sh
 python tok_eval.py --references="$references" --resume=1
 
 stage "3. pretraining: the next token of plain text"
-launch base_train.py "${base_flags[@]}" --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" \
+launch base_train.py "${base_flags[@]}" --model_tag="$BASE_TAG" --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" \
     --total_batch_size="$TOTAL_BATCH_SIZE" --num_iterations="$BASE_ITERATIONS" --num_shards="$DATA_SHARDS" \
     --device_batch_size="$DEVICE_BATCH_SIZE" --gradient_checkpointing="$GRADIENT_CHECKPOINTING" \
     --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
-launch base_eval.py --model_tag="$tag" --resume=1 --device_batch_size="$DEVICE_BATCH_SIZE" "${base_tests[@]}"
+launch base_eval.py --model_tag="$BASE_TAG" --resume=1 --device_batch_size="$DEVICE_BATCH_SIZE" "${base_tests[@]}"
 
 if [ -n "$downloads" ]; then
     wait "$downloads" || { echo "pipeline: the downloads failed, see above; run again to go on" >&2; exit 1; }
@@ -86,20 +99,20 @@ if [ -n "$downloads" ]; then
 fi
 
 stage "4. mid-training: the chat format and many small tasks"
-launch mid_train.py "${mid_flags[@]}" --model_tag="$tag" --num_iterations="$MID_ITERATIONS" \
+launch mid_train.py "${mid_flags[@]}" --source_tag="$BASE_TAG" --model_tag="$MODEL_TAG" --num_iterations="$MID_ITERATIONS" \
     --device_batch_size="$DEVICE_BATCH_SIZE" --gradient_checkpointing="$GRADIENT_CHECKPOINTING" \
     --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
-launch chat_eval.py --source=mid --model_tag="$tag" --resume=1 "${chat_tests[@]}"
+launch chat_eval.py --source=mid --model_tag="$MODEL_TAG" --resume=1 "${chat_tests[@]}"
 
 stage "5. fine-tuning: answers"
-launch chat_sft.py "${sft_flags[@]}" --model_tag="$tag" --num_iterations="$SFT_ITERATIONS" \
+launch chat_sft.py "${sft_flags[@]}" --source_tag="$MODEL_TAG" --model_tag="$MODEL_TAG" --num_iterations="$SFT_ITERATIONS" \
     --gradient_checkpointing="$GRADIENT_CHECKPOINTING" \
     --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
-launch chat_eval.py --source=sft --model_tag="$tag" --resume=1 "${chat_tests[@]}"
+launch chat_eval.py --source=sft --model_tag="$MODEL_TAG" --resume=1 "${chat_tests[@]}"
 
 stage "6. report and a first question"
-python report.py --model_tag="$tag"
-python chat_cli.py --source=sft --model_tag="$tag" -p "Who are you?"
+python report.py --model_tag="$MODEL_TAG"
+python chat_cli.py --source=sft --model_tag="$MODEL_TAG" -p "Who are you?"
 stage ""
 printf '\n'; printf '%s\n' "${times[@]}"; printf '%6d s  in all\n\n' "$SECONDS"
-echo "Talk to it:   NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat} .venv/bin/python chat_cli.py --model_tag=$tag"
+printf 'Talk to it:   NANOCHAT_BASE_DIR=%q .venv/bin/python chat_cli.py --model_tag=%q\n' "$NANOCHAT_BASE_DIR" "$MODEL_TAG"

@@ -3,6 +3,7 @@ Say what a run will be before it starts: parameters, tokens, steps, disk, memory
 
 run     python plan.py --depth=12 --num_iterations=500
 """
+import difflib
 import subprocess
 
 from budget import (CPU_BYTES, KEEP, checkpoint_bytes, flops_per_token, micro_batches, model_shape, num_params,
@@ -23,6 +24,8 @@ vocab_size = 65536
 device_batch_size = 0          # rows per micro-batch; 0 = the most that fit
 num_processes = 1              # GPUs
 gradient_checkpointing = False # 1 = less memory, slower
+known = ""                     # names of the drivers' variables, for the next one
+given = ""                     # names of the variables that are set; one that is nearly a known name ends the run
 config = configure(globals(), show=False)
 
 SHARD_TOKENS = 52e6            # tokens in a shard of about 250M characters
@@ -30,6 +33,14 @@ SHARD_DISK = 95e6 + 2 * SHARD_TOKENS   # the parquet file and its tokens
 TASK_DISK = 1.6e9              # conversations and questions, and the tokens made from them
 MFU = 0.60                     # share of the peak of a compiled run; assumed, not measured
 CPU_SPEED = 0.15e12            # FLOP/s of two cores in training, measured on the tiny model, 2026-11
+
+
+def misspelt(given, known):
+    """(name, the known name it was meant to be) of a variable that is nearly one of the drivers', or None."""
+    for name in sorted(set(given) - set(known)):
+        near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)
+        if near and len(name) > 3 and not name.startswith("WANDB_"):             # wandb has many of its own
+            return name, near[0]
 
 
 def gpu():
@@ -42,6 +53,8 @@ def gpu():
     return name, int(megabytes) * 2 ** 20
 
 
+if wrong := misspelt(given.split(), known.split()):
+    raise SystemExit(f"{wrong[0]} is set, which nothing reads: did you mean {wrong[1]}? (unset {wrong[0]} to go on without)")
 model = dict(sequence_len=max_seq_len, vocab_size=vocab_size, **model_shape(depth, head_dim))
 params, flops = num_params(**model), flops_per_token(**model)
 rows = rows_per_step(total_batch_size, max_seq_len)

@@ -9,6 +9,7 @@ reads   <stage>_checkpoints/<model_tag>/{meta_NNNNNN.json,log.jsonl,eval.json,ch
 writes  report/<model_tag>.md and report/<model_tag>/curves.png below the base folder, and both here
 run     python report.py --model_tag=d12
 """
+import packages  # noqa: F401, I001: first, so that it can say what is missing
 import ast
 import math
 import os
@@ -23,11 +24,11 @@ from common import atomic_write, base_path, duration, standard_error
 from configurator import configure
 from curves import at_end, draw, series, sparklines
 from engine import printable
-from results import (TITLES, answers, chain_remarks, evaluation_seconds, find_tag, read_json, read_stage, seconds_of,
+from results import (TITLES, answers, chain_remarks, evaluation_seconds, find_tag, read_json, read_run, seconds_of,
                      validation)
 
 model_tag = ""                 # which model; "" = the only one there is
-copy_to = "report.md"          # a copy beside the scripts; "" = none
+copy_to = "report.md"          # a copy beside the scripts, report_TAG.md where that is another model's; "" = none
 gpu_hour_price = 0.0           # what one GPU costs in an hour, in your money; 0 = no price
 config = configure(globals(), show=False)
 
@@ -38,7 +39,7 @@ D20 = {
     "ARC-Easy": dict(mid=0.3561, sft=0.3876),
     "ARC-Challenge": dict(mid=0.2875, sft=0.2807),
     "MMLU": dict(mid=0.3111, sft=0.3151),
-    "GSM8K": dict(mid=0.0250, sft=0.0455, rl=0.0758),
+    "GSM8K": dict(mid=0.0250, sft=0.0455),
     "HumanEval": dict(mid=0.0671, sft=0.0854),
     "ChatCORE, five tasks": dict(mid=0.0730, sft=0.0884),
 }
@@ -300,7 +301,7 @@ def tokenizer_part(meta):
 def stage_part(stage, run):
     """One stage's section."""
     if run is None:
-        return [] if stage == "rl" else [f"## {TITLES[stage]}", f"Not run yet: `python {SCRIPTS[stage]}`"]
+        return [f"## {TITLES[stage]}", f"Not run yet: `python {SCRIPTS[stage]}`"]
     layers = run["chat"].get("sandbox")
     rows = [row for row in (*work_rows(run), *result_rows(run)) if row[1]]
     return [f"## {TITLES[stage]}", table(rows), *core_details(run["text"]),
@@ -311,7 +312,7 @@ def stage_part(stage, run):
 # 2. The page
 
 tag = find_tag(model_tag)
-stages = {stage: read_stage(stage, tag, remarks) for stage in FOLDERS}
+stages = read_run(tag, remarks)
 runs = {stage: run for stage, run in stages.items() if run}
 tokenizer = read_json(base_path("tokenizer", "meta.json"), remarks)
 remarks += chain_remarks(runs)
@@ -342,8 +343,12 @@ def page(prefix):
 
 with atomic_write(page_path, "w") as f:
     f.write(page(""))
-if copy_to:
-    copy = os.path.join(HERE, copy_to)
+copy = os.path.join(HERE, copy_to) if copy_to else ""
+if copy_to and os.path.exists(copy):
+    with open(copy, encoding="utf-8", errors="replace") as f:
+        if f.readline().strip() != f"# Report card of {tag}":    # of another model, and stays
+            copy = f"_{tag}".join(os.path.splitext(copy))
+if copy:
     with atomic_write(copy, "w") as f:
         f.write(page("report/"))
     if drawn:                                                    # the copy shows a picture beside itself
@@ -352,5 +357,5 @@ if copy_to:
             shutil.copyfileobj(source, f)
 for name, (right, total) in {n: a for run in runs.values() for n, a in answers(run).items()}.items():
     print(f"{name}: {right} of {total}")
-written = page_path + (f" and {copy_to}" if copy_to else "")
+written = page_path + (f" and {os.path.basename(copy)}" if copy else "")
 print(f"the report card: {written}" + ("" if drawn else ", without a picture"))

@@ -7,11 +7,11 @@ out     read_stage: all of it as one dict, and remarks about what is damaged or 
 import json
 import os
 
-from checkpoint import FOLDERS, path_of, steps_in
+from checkpoint import FOLDERS, path_of, sha_of, sources, stage_folder, steps_in, tags_of
 from common import base_path, read_log
 from curves import series
 
-TITLES = dict(base="Pretraining", mid="Mid-training", sft="Fine-tuning", rl="Reinforcement learning")
+TITLES = dict(base="Pretraining", mid="Mid-training", sft="Fine-tuning")
 
 
 def read_json(path, remarks):
@@ -29,9 +29,20 @@ def read_json(path, remarks):
     return content
 
 
-def weights_of(meta):
-    """The sha256 of a checkpoint's weights; "" if it is not known."""
-    return meta.get("files", {}).get(f"model_{meta.get('step', 0):06d}.pt", [0, ""])[1]
+def newest_meta(folder, remarks):
+    """The meta of the newest checkpoint that is not damaged, {} where there is none."""
+    metas = (read_json(path_of(folder, "meta", step), remarks) for step in reversed(steps_in(folder)))
+    return next(filter(None, metas), {})
+
+
+def read_run(tag, remarks):
+    """{stage: read_stage()} of a model and of those it came from, which may have other tags."""
+    runs, tags = {}, {}
+    for stage in reversed(FOLDERS):
+        runs[stage] = read_stage(stage, tags.get(stage, tag), remarks)
+        for source in sources(runs[stage]["meta"] if runs[stage] else {}):
+            tags.setdefault(source["stage"], source.get("tag", tag))
+    return dict(reversed(runs.items()))
 
 
 def read_stage(stage, tag, remarks):
@@ -42,14 +53,13 @@ def read_stage(stage, tag, remarks):
              (chat_eval.json), the last two only if they are of that checkpoint; {} or [] if missing
     """
     folder = base_path(FOLDERS[stage], tag)
-    metas = (read_json(path_of(folder, "meta", step), remarks) for step in reversed(steps_in(folder)))
-    run = dict(stage=stage, meta=next(filter(None, metas), {}), log=[r for r in read_log(folder) if "step" in r])
+    run = dict(stage=stage, meta=newest_meta(folder, remarks), log=[r for r in read_log(folder) if "step" in r])
     if not run["meta"] and not run["log"]:
         return None
     scripts = dict(text=("eval.json", "base_eval.py"), chat=("chat_eval.json", f"chat_eval.py -i {stage}"))
     for key, (name, script) in scripts.items():
         found = read_json(os.path.join(folder, name), remarks)
-        fits = found.get("checkpoint") == weights_of(run["meta"])
+        fits = found.get("checkpoint") == sha_of(run["meta"])
         run[key] = found if fits else {}
         if found and not fits:
             remarks.append(f"{TITLES[stage]}: `{name}` is of another checkpoint (step {found.get('step', '?')}) than "
@@ -65,6 +75,8 @@ def find_tag(model_tag):
     names = ", ".join(sorted(found)) or "none"
     if model_tag and model_tag not in found:
         raise SystemExit(f"{base_path()}: nothing trained as {model_tag!r} here; there is: {names}")
+    copies = {tag for name in FOLDERS for tag in tags_of(name) if newest_meta(stage_folder(name, tag), []).get("tag", tag) != tag}
+    found = found - copies or found              # a folder that was copied or renamed counts only by its name
     if not model_tag and len(found) != 1:
         raise SystemExit(f"{base_path()}: holds several models; choose one with --model_tag= from {names}" if found else
                          f"{base_path()}: nothing was trained here yet; run base_train.py first")
@@ -76,7 +88,7 @@ def chain_remarks(runs):
     for stage, run in runs.items():
         source = run["meta"].get("source") or {}
         parent = runs.get(source.get("stage"))
-        if parent and weights_of(parent["meta"]) != source.get("sha256"):
+        if parent and sha_of(parent["meta"]) != source.get("sha256"):
             yield (f"{TITLES[stage]} started from another {source['stage']} checkpoint (step {source.get('step')}) "
                    "than the one there now.")
 

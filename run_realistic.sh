@@ -8,6 +8,7 @@
 #
 # A stage that is finished is skipped and one that was interrupted goes on, so the same command
 # can be given again at any time.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"      # typed: sh run...
 set -euo pipefail
 cd "$(dirname "$0")"
 [ $# = 0 ] || { echo "$0: settings go in front, like CONFIG=demo DEPTH=4 bash $0" >&2; exit 1; }

@@ -8,13 +8,14 @@
 #
 # A stage that is finished is skipped and one that was interrupted goes on, so the same command
 # can be given again at any time.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"      # typed: sh run...
 set -euo pipefail
 cd "$(dirname "$0")"
 [ $# = 0 ] || { echo "$0: settings go in front, like CONFIG=demo DEPTH=4 bash $0" >&2; exit 1; }
 
 memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1) || memory=
 case "$memory" in *[!0-9]*) memory=0 ;; esac      # a board that shares the computer's memory names none
-if [ -z "$memory" ] && [ -z "${PLAN:-}" ]; then
+if [ -z "$memory" ] && [ "${PLAN:-0}" = 0 ]; then
     echo "run_single_a100.sh: there is no NVIDIA GPU here; bash run_realistic.sh makes a tiny model on a CPU" >&2
     exit 1
 fi

@@ -52,23 +52,23 @@ class Machine:
 
     def describe(self):
         """What goes into a checkpoint's meta: a resumed run takes the same number format and threads."""
-        return dict(name=self.name, device=self.device.type, dtype=self.dtype_name, threads=self.threads,
+        return dict(name=self.name, device=self.device.type, dtype=self.dtype_name, threads=self.threads, cores=cores(),
                     world_size=WORLD_SIZE, torch=torch.__version__, python=platform.python_version())
 
 
-def start(device="", dtype=""):
+def start(device="", dtype="", meta=None):
     """
     Pick the device ("" = cuda, then mps, then cpu) and the number format, join the other ranks.
 
-    dtype "" means bfloat16 on NVIDIA GPUs from the A100 on and float32 elsewhere; on a CPU
-    choose_numerics may change it after a short timing.
+    dtype  "" means as the model of `meta`, a checkpoint's, was trained where that was on such a device; else
+           bfloat16 on NVIDIA GPUs from the A100 on and float32 elsewhere, and choose_numerics may time it on a CPU
     """
     if device not in ("", "cpu", "cuda", "mps"):
         raise SystemExit(f"device={device}: must be cuda, mps or cpu, or empty for the best there is")
     if dtype not in ("", *DTYPES):
         raise SystemExit(f"dtype={dtype}: must be float32 or bfloat16, or empty for the best there is")
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = device or best
+    kind, asked = device or best, dtype
     if kind == "cuda" and best != "cuda":
         raise SystemExit("device=cuda: torch finds no CUDA GPU here; leave the knob empty to run without one")
     chosen, name = torch.device(kind), kind
@@ -84,7 +84,14 @@ def start(device="", dtype=""):
     dtype = dtype or "float32"
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return Machine(chosen, DTYPES[dtype], dtype, torch.get_num_threads(), name, peak_flops(name))
+    machine = Machine(chosen, DTYPES[dtype], dtype, torch.get_num_threads(), name, peak_flops(name))
+    use_numerics(machine, asked, meta and meta.get("machine"))
+    return machine
+
+
+def cores():
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def use_threads(machine, threads):
@@ -117,21 +124,21 @@ def choose_numerics(machine, dtype, saved, folder, model_config, rows):
 
 
 def use_numerics(machine, dtype, saved):
-    """Compute as an earlier part of the run did (saved, from its meta), unless dtype is asked for."""
+    """Compute as in training (saved, from a meta), unless dtype is asked for; with as many threads on as many cores."""
     if not saved or saved["device"] != machine.device.type:
         return
     if not dtype:
         machine.dtype_name, machine.dtype = saved["dtype"], DTYPES[saved["dtype"]]
-    use_threads(machine, saved["threads"])
+    if saved.get("cores", cores()) == cores():
+        use_threads(machine, saved["threads"])
 
 
 def time_numerics(model_config, rows):
     """The fastest of float32 and bfloat16, one thread and all, for a forward and backward pass."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     shape = (min(rows // WORLD_SIZE, 8), model_config.sequence_len)
     idx = torch.arange(shape[0] * shape[1]).view(shape) % model_config.vocab_size
     models = {name: GPT(model_config, dtype) for name, dtype in DTYPES.items()}
-    counts = {1, cores} if WORLD_SIZE == 1 else {max(1, cores // WORLD_SIZE)}
+    counts = {1, cores()} if WORLD_SIZE == 1 else {max(1, cores() // WORLD_SIZE)}
     seconds, begin = {}, time.perf_counter()
     for turn in range(4):                                        # in turns: the machine's mood changes
         if turn and time.perf_counter() - begin > 3:
@@ -144,7 +151,7 @@ def time_numerics(model_config, rows):
                 seconds[name, threads] = min(time.perf_counter() - clock, seconds.get((name, threads), math.inf))
     # float32 unless another is a tenth faster: it needs no trust
     dtype, threads = min(seconds, key=lambda key: seconds[key] * (1.0 if key[0] == "float32" else 1.1))
-    return dict(device="cpu", dtype=dtype, threads=threads,
+    return dict(device="cpu", dtype=dtype, threads=threads, cores=cores(),
                 milliseconds={f"{name} x{n}": round(1000 * t) for (name, n), t in seconds.items()})
 
 

@@ -9,6 +9,7 @@ writes  tokenizer/eval.json
 run     python tok_eval.py
         python tok_eval.py --references=             ours alone, nothing is fetched
 """
+import packages  # noqa: F401, I001: first, so that it can say what is missing
 import json
 import os
 import textwrap

@@ -6,6 +6,7 @@ writes  tokenizer/vocab.tiktoken, token_bytes.npy and, when all is done, meta.js
 run     python tok_train.py --num_shards=8
         python tok_train.py --vocab_size=4096 --num_shards=1
 """
+import packages  # noqa: F401, I001: first, so that it can say what is missing
 import json
 import os
 import time

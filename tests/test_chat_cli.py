@@ -37,7 +37,7 @@ def model_that_says(tokens, context):
 
 
 def save(folder, model, step=5):
-    meta = dict(num_iterations=5, config={}, tokenizer=TOKENIZER.fingerprint)
+    meta = dict(stage="sft", num_iterations=5, config={}, tokenizer=TOKENIZER.fingerprint)
     save_checkpoint(str(folder), step, model, [], meta)
 
 
@@ -60,11 +60,12 @@ def base_dir(tmp_path_factory):
 @pytest.fixture
 def chat(base_dir, monkeypatch, capsys):
     """chat(*flags, stdin="...") runs the script in this process -> (stdout, stderr, exit code)"""
-    def run(*flags, stdin="", folder=base_dir):
+    def run(*flags, stdin="", folder=base_dir, terminal=False):
         monkeypatch.setattr(common, "BASE_DIR", str(folder))
         monkeypatch.setattr(sys, "argv", [SCRIPT, "--device=cpu", "--temperature=0", *flags])
         lines = stdin if isinstance(stdin, bytes) else stdin.encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: terminal)
         code = 0
         try:
             runpy.run_path(SCRIPT, run_name="__main__")
@@ -85,7 +86,7 @@ def test_one_question(chat):
     assert "sft model" in header and "d1, step 5" in header and "context 100" in header
 
 
-def test_piped_conversation(chat):
+def test_a_file_of_questions_is_answered_line_by_line(chat):
     out, err, code = chat("--model_tag=d1", stdin="hello\n\n   \nclear\nagain\nQUIT\nnever asked\n")
     assert (out, code) == (ANSWER * 2, 0)
     assert "a new conversation" in err
@@ -109,14 +110,15 @@ def test_furthest_stage(chat, tmp_path):
     model = model_that_says([SPECIAL("<|assistant_start|>"), *b"ok", SPECIAL("<|bos|>")], 50)
     TOKENIZER.save(str(tmp_path / "tokenizer"), {})
     assert "no checkpoint of any stage" in chat("-i", "", folder=tmp_path)[2]
-    for stage in ("base", "mid", "rl"):
+    for stage in ("base", "mid", "sft"):
         save(tmp_path / FOLDERS[stage] / "d1", model)
         (tmp_path / "chatsft_checkpoints" / "empty").mkdir(parents=True, exist_ok=True)
         assert f"({stage} model" in chat("-i", "", "-p", "x", "--max_tokens=3", folder=tmp_path)[1]
 
 
 def test_long_talk_drops_the_oldest_turns(chat):
-    out, err, _ = chat("--model_tag=d1", stdin="abcde\n" * 7)
+    out, err, _ = chat("--model_tag=d1", stdin="abcde\n" * 7, terminal=True)
+    out = out.replace("> ", "")
     assert out == ANSWER * 7
     assert err.count("left out") >= 3 and "the oldest 1 of our turns" in err
 
@@ -136,12 +138,15 @@ def test_what_the_model_is_given(chat, monkeypatch):
                 + ("" if last else said + "<|assistant_end|>"))
 
     monkeypatch.setattr(Engine, "generate", recorded)
-    chat("--model_tag=d1", stdin="ask 1\nask 2\nask 3\nask 4\nclear\nask 5\n")
+    chat("--model_tag=d1", stdin="ask 1\nask 2\nask 3\nask 4\nclear\nask 5\n", terminal=True)
     # a turn is 27 tokens, the one being asked 8, and 25 of the 100 are kept for the answer
     assert prompts == ["<|bos|>" + text for text in (
         turn(1, True), turn(1) + turn(2, True), turn(1) + turn(2) + turn(3, True),
         turn(2) + turn(3) + turn(4, True), turn(5, True))]
     assert seeds == [42, 43, 44, 45, 46]
+    del prompts[:]
+    chat("--model_tag=d1", stdin="ask 1\nask 2\n")              # a file: no question sees the one before
+    assert prompts == ["<|bos|>" + turn(1, True), "<|bos|>" + turn(2, True)]
 
 
 def test_message_longer_than_the_context(chat):
@@ -157,7 +162,7 @@ def test_message_longer_than_the_context(chat):
 
 @pytest.mark.parametrize("flag, says", [
     ("--temperature=-1", "temperature=-1.0: must be"), ("--temperature=1e999", "temperature=inf"),
-    ("--top_k=-1", "top_k=-1: must be"), ("--max_tokens=0", "max_tokens=0: must be"),
+    ("--prompt= ", "nothing in it to answer"), ("--top_k=-1", "top_k=-1: must be"), ("--max_tokens=0", "max_tokens=0: must be"),
     ("--source=gpt", "source=gpt: must be one of"),
     ("--source=mid", "run mid_train.py first"), ("--model_tag=d9", "no checkpoint here"),
     ("--step=7", "no checkpoint of step 7"), ("--temprature=1", "did you mean temperature"),

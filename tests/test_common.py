@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from common import Ema, Log, Progress, atomic_write, due, duration, lr_multiplier, read_log
+from common import Ema, Log, Progress, atomic_write, code_hash, due, duration, lr_multiplier, read_log
 
 
 def test_the_learning_rate_stays_and_falls_to_zero_after_the_last_step():
@@ -62,17 +62,31 @@ def test_a_resumed_log_has_every_step_once(tmp_path):
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[-1]["loss"] is None
 
 
+RATES = dict(matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004)
+
+
 def test_progress_continues_where_it_was(tmp_path, capsys):
     log = Log(str(tmp_path), 0)
     first = Progress(log, 0, 4, 10.0, 100.0)
-    first.update(0, 2.0, 1.0, 1.0, 50, 10.0)
+    first.update(0, 2.0, 1.0, RATES, 50, 10.0)
     second = Progress(log, 1, 4, 10.0, 100.0, json.loads(json.dumps(first.state())))
-    second.update(1, 2.0, 1.0, 1.0, 50, 10.0)
+    second.update(1, 2.0, 1.0, RATES, 50, 10.0)
     assert second.seconds == 20 and second.tokens == 100
     rows = read_log(str(tmp_path))
     assert rows[1]["mfu"] == pytest.approx(0.5) and rows[1]["tokens_per_second"] == pytest.approx(5)
-    assert "mfu 50.0 %" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "mfu 50.0 %" in out and "lr 0.02 / 0.2 / 0.004" in out and rows[1]["embedding_lr"] == 0.2
 
 
 def test_durations_are_for_people():
     assert [duration(s) for s in (4.4, 75, 3700)] == ["4s", "1m15s", "1h01m"]
+
+
+def test_a_code_hash_sees_code_and_nothing_else(tmp_path):
+    def hash_of(text):
+        (tmp_path / "x.py").write_text(text)
+        return code_hash(str(tmp_path / "x.py"))
+
+    old = hash_of('"""Doc."""\ndef f(x):\n    """Says what."""\n    return x + 1\n')
+    assert old == hash_of('"""Other."""\n\n# a remark\ndef f(x):\n    """Says more."""\n    return (x +\n            1)  # one\n')
+    assert old != hash_of('"""Doc."""\ndef f(x):\n    """Says what."""\n    return x + 2\n')

@@ -43,13 +43,18 @@ def test_types(tmp_path):
     (["--lerning_rate=1"], "learning_rate"),
     (["--learning-rate=1"], "learning_rate"),
     (["--depth=ten"], "int"), (["--depth=1.5"], "int"), (["--fast=yes"], "bool"), (["--fast=2"], "bool"),
-    (["--depth"], "--depth=VALUE"), (["depth=4"], "neither"), (["--"], "VALUE"), (["missing.py"], "neither"),
+    (["--depth"], "--depth=VALUE"), (["depth=4"], "write --depth=4"), (["--"], "VALUE"), (["missing.py"], "neither"),
     (["--LIMIT=4"], "LIMIT"), (["--__name__=x"], "no knob"), (["-n"], "value is missing"),
 ])
 def test_a_mistake_is_one_line_that_says_what_to_write(tmp_path, argv, words):
     with pytest.raises(SystemExit) as error:
         run(tmp_path, *argv)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_answered_with_those_there_are(tmp_path):
+    with pytest.raises(SystemExit, match="has small.py"):
+        run(tmp_path, "missing.py", small="depth = 1\n")
 
 
 @pytest.mark.parametrize("text, words", [

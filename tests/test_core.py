@@ -443,7 +443,7 @@ tokenizer.save(base_path("tokenizer"), {})
 for shard in (0, VAL_SHARD):
     write_shard(shard_path(shard), ["A cat sees the moon %d times." % n for n in range(200)])
 model = GPT(GPTConfig(sequence_len=64, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32))
-save_checkpoint(base_path("base_checkpoints", "d1"), 4, model, [], dict(num_iterations=4, rows=8, device_batch_size=8,
+save_checkpoint(base_path("base_checkpoints", "d1"), 4, model, [], dict(stage="base", num_iterations=4, rows=8, device_batch_size=8,
     tokenizer=tokenizer.fingerprint, shards=["shard_00000.parquet"], config={}, source=None))
 """)
     folder = tmp_path / "base_checkpoints" / "d1"

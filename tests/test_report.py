@@ -98,9 +98,9 @@ def test_a_finished_run(run, monkeypatch):
                  "| tokens trained on | 80,000, 0.1 per parameter, 4.8e+11 FLOP |", "| MFU, median | 50.0 % |",
                  "| memory, peak | 12.3 GB, micro-batches of 4 rows |",
                  "640 conversations, 8 rows per step, 0.50 epochs",
-                 "`grad_clip=0.5` `unheard_of='a\\|b'` |", "| validation, bits per byte | 1.4000 | 1.5000 |  |  |",
-                 "| CORE | 0.0500 (0.2219) |  |  |  |", "| ARC-Easy |  | - (0.3561) | 0.3000 (0.3876) |  |",
-                 "| GSM8K |  | - (0.0250) | - (0.0455) | - (0.0758) |",
+                 "`grad_clip=0.5` `unheard_of='a\\|b'` |", "| validation, bits per byte | 1.4000 | 1.5000 |  |",
+                 "| CORE | 0.0500 (0.2219) |  |  |", "| ARC-Easy |  | - (0.3561) | 0.3000 (0.3876) |",
+                 "| GSM8K |  | - (0.0250) | - (0.0455) |",
                  "| ChatCORE, five tasks |  | - (0.0730) | 0.0500 (0.0884) |",
                  "| says its name | yes | 18 of 18 | 100.0 % ± 5.1 |",
                  "| spells a word | mostly | 150 of 200 | 75.0 % ± 3.1 |",
@@ -126,6 +126,9 @@ def test_the_same_files_make_the_same_report_and_both_pages_show_the_picture(run
         assert "8.00 GPU-hours, at 2 an hour: 16.00" in text
     report(monkeypatch, f"--copy_to={run}/project/report.md", "--gpu_hour_price=2")
     assert first == {path: path.read_bytes() for path in first}
+    shutil.copytree(run / "base_checkpoints/d2", run / "base_checkpoints/d3")
+    report(monkeypatch, f"--copy_to={run}/project/report.md", "--model_tag=d3")
+    assert first == {path: path.read_bytes() for path in first} and (run / "project/report_d3.md").exists()
 
 
 def test_half_a_run(run, monkeypatch):

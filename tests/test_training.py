@@ -144,8 +144,9 @@ def test_a_checkpoint_is_as_large_as_planned(trained):
     (["base_train.py", *SHAPE, "--num_iterations=20", "--core_metric_every=0"], "--resume=1"),
     ([*STAGES["base"], "--resume=1", "--matrix_lr=0.5"], "matrix_lr"),
     ([*STAGES["base"], "--device_batch_size=3", "--model_tag=x"], "2 and 4"),
-    (["mid_train.py", "--model_tag=d7"], "d7: no checkpoint"),
-    (["chat_cli.py", "-i", "rl", "-p", "hi"], "no checkpoint"),
+    (["mid_train.py", "--source_tag=d7"], "d7: no checkpoint"),
+    (["chat_sft.py", "--model_tag=a/b"], "a plain name"),
+    (["chat_cli.py", "-i", "rl", "-p", "hi"], "must be one of base, mid, sft"),
     (["chat_cli.py", "-i", "best", "-p", "hi"], "source=best"),
     (["base_train.py", "--dtype=int8"], "dtype=int8"),
     (["base_train.py", "--model_tag=x", "--depth=1", "--num_shards=9", "--num_iterations=1", "--device=tpu"], "device=tpu"),
@@ -176,6 +177,59 @@ def test_a_checkpoint_is_never_taken_for_what_it_is_not(copy):
     assert done.returncode == 1 and "another tokenizer" in done.stderr
 
 
+def test_changed_knobs_and_what_they_make_stale_are_named_at_once(copy):
+    done = run(copy, *STAGES["mid"], "--assistant_name=Bob", "--identity_rows=60", "--resume=1", check=False)
+    mid, sft = copy / FOLDER["mid"], copy / FOLDER["sft"]
+    for words in ("assistant_name='Ada', identity_rows=50", "assistant_name='Bob', identity_rows=60", "--model_tag=NEW"):
+        assert words in done.stderr
+    command = f"mv {mid} {mid}.old && mv {sft} {sft}.old"
+    assert done.returncode == 1 and command in done.stderr and len(done.stderr.splitlines()) == 1
+    os.rename(mid, f"{mid}.old")                        # half of it: the chat still finds its model, and says so
+    done = run(copy, "chat_cli.py", "-p", "hi", "--max_tokens=2")
+    assert f"it came from a mid model of step 20 in {mid}, where none is now" in done.stderr
+    shutil.copytree(f"{mid}.old", mid)
+    done = run(copy, *STAGES["sft"], "--identity_rows=3", "--resume=1", check=False)
+    assert "trained with identity_rows=1000" in done.stderr, "the parent is there again"
+    done = run(copy, "chat_cli.py", "-i", "mid", "-p", "hi", "--max_tokens=2")
+    assert "d1, step 20" in done.stderr and "came from" not in done.stderr, "d1.old beside it is in nobody's way"
+
+
+def test_a_second_variant_stands_beside_the_first(copy):
+    fewer = [arg for arg in STAGES["sft"] if "num_iter" not in arg] + ["--num_iterations=2", "--model_tag=try"]
+    run(copy, *fewer)
+    meta = json.loads((copy / "chatsft_checkpoints/try/meta_000002.json").read_text())
+    assert meta["tag"] == "try" and meta["source"]["tag"] == "d1" and (copy / FOLDER["sft"]).exists()
+    assert "try, step 2" in run(copy, "chat_cli.py", "-p", "hi", "--max_tokens=2", "--model_tag=try").stderr
+    run(copy, "report.py", "--model_tag=try", "--copy_to=")
+    assert "Pretraining" in (copy / "report/try.md").read_text(), "the report follows a model to what it came from"
+
+
+def test_edited_code_is_said_wherever_old_weights_meet_it(trained, tmp_path):
+    shutil.copytree(ROOT, tmp_path / "code", ignore=shutil.ignore_patterns(".*", "rustbpe", "report*"))
+    model = tmp_path / "code/model.py"
+    old = model.read_text()
+
+    def said(text, *argv):
+        model.write_text(text)
+        done = subprocess.run([sys.executable, *argv], cwd=tmp_path / "code", capture_output=True, text=True,
+                              env=dict(os.environ, NANOCHAT_BASE_DIR=str(trained)))
+        assert done.returncode == 0, done.stderr
+        return "model.py changed since" in done.stdout + done.stderr
+
+    new = old.replace("F.relu(self.c_fc(x)).square()", "F.gelu(self.c_fc(x))")
+    comment = old.replace("class MLP", "# a remark\nclass MLP").replace('"""Two layers', '"""Both layers')
+    assert old != new and old != comment
+    assert said(new, *STAGES["base"], "--resume=1") and not said(comment, *STAGES["base"], "--resume=1")
+    assert said(new, "chat_cli.py", "-p", "hi", "--max_tokens=2")
+    assert not said(comment, "chat_cli.py", "-p", "hi", "--max_tokens=2")
+
+
+def test_a_tokenizer_that_is_gone_is_not_to_be_made_again(copy):
+    os.rename(copy / "tokenizer", copy / "elsewhere")
+    done = run(copy, "chat_cli.py", "-p", "hi", check=False)
+    assert done.returncode == 1 and "copy the tokenizer/ folder that belongs to" in done.stderr
+
+
 def test_a_divergence_stops_before_the_weights_are_touched(copy):
     shutil.rmtree(copy / FOLDER["base"])
     done = run(copy, *STAGES["base"], "--matrix_lr=1e38", "--save_every=1", check=False)
@@ -196,11 +250,27 @@ def test_the_launcher_hands_every_flag_on(tmp_path):
         assert done.stdout.count("['--run=', '--resume=1']") == processes, done.stdout + done.stderr
 
 
-def test_drivers_refuse_an_unknown_config():
-    for script in ("run_realistic.sh", "run_single_a100.sh"):
-        env = dict(os.environ, CONFIG="huge", PLAN="1")
-        done = subprocess.run(["bash", script], cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == 1 and "CONFIG=huge: must be" in done.stderr
+@pytest.mark.parametrize("command, variables, words", [
+    (["bash", "run_realistic.sh"], dict(CONFIG="huge"), "CONFIG=huge: must be"),
+    (["bash", "run_single_a100.sh"], dict(CONFIG="huge"), "CONFIG=huge: must be"),
+    (["bash", "run_realistic.sh"], dict(BASE_ITERATION="5"), "did you mean BASE_ITERATIONS?"),
+    (["bash", "run_realistic.sh"], dict(Config="demo"), "did you mean CONFIG?"),
+    (["bash", "run_realistic.sh"], dict(NANOCHAT_BASE_DIR=__file__), "is a file"),
+    (["bash", "run_realistic.sh", "--depth=4"], {}, "settings go in front"),
+    (["bash", "pipeline.sh"], {}, "run: bash run_realistic.sh"),
+    ([sys.executable, "-S", "base_train.py"], {}, "source .venv/bin/activate"),
+])
+def test_a_mistake_on_the_command_line_is_one_line(command, variables, words):
+    env = {name: value for name, value in os.environ.items() if name != "CONFIG"} | dict(PLAN="1") | variables
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_the_drivers_say_their_settings_and_run_however_they_are_called():
+    env = {name: value for name, value in os.environ.items() if name != "HOME"} | dict(PLAN="1", CONFIG="demo", DEPTH="4")
+    for command in (["sh", "run_realistic.sh"], ["./run_realistic.sh"]):
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and "settings: CONFIG=demo DEPTH=4" in done.stdout and "plan: d4" in done.stdout, done.stderr
 
 
 def test_a_base_run_never_goes_on_with_another_tokenizer(copy):
