@@ -8,7 +8,7 @@ run     python base_eval.py
         python base_eval.py --core_max_per_task=100   a rough CORE
         torchrun --standalone --nproc_per_node=2 base_eval.py
 """
-import packages  # noqa: F401, I001: first, so that it can say what is missing
+from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import csv
 import json
 import math
@@ -17,16 +17,16 @@ import time
 
 import torch
 
-import runtime
-from background import start_background
-from budget import eval_rows
+from plumbing import machine as runtime
+from plumbing.background import start_background
+from plumbing.budget import eval_rows
 from checkpoint import find_checkpoint, load_model, sha_of
-from common import RANK, atomic_write, base_path, duration, print0
-from configurator import configure
-from core import evaluate_core, fetch_bundle, gpt2_scores
+from plumbing.common import RANK, atomic_write, base_path, duration, print0
+from plumbing.configurator import configure
+from evals.core import evaluate_core, fetch_bundle, gpt2_scores
 from data import VAL_SHARD, TokenStream, make_token_files, shard_path, token_path
 from engine import Engine, printable
-from metrics import continue_prompts, evaluate_bpb
+from evals.metrics import continue_prompts, evaluate_bpb
 
 tasks = "bpb,samples,core"     # -a: what to evaluate
 model_tag = ""                 # which model, like d12; "" = the only one there is

@@ -7,23 +7,23 @@ run     python base_train.py --depth=12
         python base_train.py config/tiny_base.py --resume=1
         torchrun --standalone --nproc_per_node=2 base_train.py --depth=12
 """
-import packages  # noqa: F401, I001: first, so that it can say what is missing
+from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import os
 import time
 
 import torch
 
-import runtime
-from background import start_background
-from budget import eval_rows, flops_per_token, micro_batches, model_shape, num_params, rows_per_step
+from plumbing import machine as runtime
+from plumbing.background import start_background
+from plumbing.budget import eval_rows, flops_per_token, micro_batches, model_shape, num_params, rows_per_step
 from checkpoint import (continue_from, load_optimizers, load_weights, micro_batch_of, save_checkpoint, stage_folder,
                         tokenizer_of)
-from common import RANK, WORLD_SIZE, Log, Progress, base_path, due, duration, lr_multiplier, print0
-from configurator import configure
-from core import evaluate_core, fetch_bundle
+from plumbing.common import RANK, WORLD_SIZE, Log, Progress, base_path, due, duration, lr_multiplier, print0
+from plumbing.configurator import configure
+from evals.core import evaluate_core, fetch_bundle
 from data import VAL_SHARD, TokenStream, make_token_files, shard_path, token_path, train_shards
 from engine import Engine, printable
-from metrics import continue_prompts, evaluate_bpb, to_device
+from evals.metrics import continue_prompts, evaluate_bpb, to_device
 from model import GPT, GPTConfig
 from muon import build_optimizers, set_schedule
 from tokenizer import load_tokenizer

@@ -8,17 +8,17 @@ run     python chat_cli.py -p "Why is the sky blue?"      one answer
 
 A base model knows no questions and answers: it goes on with the text it is given.
 """
-import packages  # noqa: F401, I001: first, so that it can say what is missing
+from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import contextlib
 import math
 import random
 import sys
 
 from checkpoint import FOLDERS, find_checkpoint, load_model, tags_of
-from common import base_path
-from configurator import configure
+from plumbing.common import base_path
+from plumbing.configurator import configure
 from engine import Engine, TextStream, printable
-from runtime import start
+from plumbing.machine import start
 
 prompt = ""                    # -p: ask this, print the answer and end; "" = a conversation
 source = "sft"                 # -i: whose model: base, mid, sft; "" = the furthest there is

@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 
-from common import RANK, TASK_CODE, code_hash
+from plumbing.common import RANK, TASK_CODE, code_hash
 from data import is_fresh, pad_batch, write_token_file
 
 FILE_CONVERSATIONS = 8192      # conversations in one token file

@@ -6,19 +6,19 @@ writes  <stage>_checkpoints/<model_tag>/chat_eval.json
 run     python chat_eval.py -i sft
         python chat_eval.py -i mid -a GSM8K,SpellingBee -x 100
 """
-import packages  # noqa: F401, I001: first, so that it can say what is missing
+from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import json
 import os
 import time
 
-import humaneval
-import runtime
-import sandbox
+from evals import humaneval
+from plumbing import machine as runtime
+from evals import sandbox
 from checkpoint import find_checkpoint, load_model, sha_of
-from common import RANK, atomic_write, duration, print0, standard_error
-from configurator import configure
+from plumbing.common import RANK, atomic_write, duration, print0, standard_error
+from plumbing.configurator import configure
 from engine import Engine
-from metrics import evaluate_task
+from evals.metrics import evaluate_task
 from tasks import arc, check, gsm8k, identity, mmlu, simple_spelling, spelling_bee
 
 source = "sft"                 # -i: whose model: base, mid or sft

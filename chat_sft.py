@@ -9,21 +9,21 @@ writes  chatsft_checkpoints/<model_tag>/{model,optim,meta}_NNNNNN.*, log.jsonl
 run     python chat_sft.py
         python chat_sft.py config/tiny_sft.py --resume=1
 """
-import packages  # noqa: F401, I001: first, so that it can say what is missing
+from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import os
 import time
 
 import torch
 
-import runtime
-from budget import flops_per_token, micro_batches
+from plumbing import machine as runtime
+from plumbing.budget import flops_per_token, micro_batches
 from chat_data import padded_batch
 from checkpoint import (continue_from, find_parent, load_model, load_optimizers, micro_batch_of, save_checkpoint, source_of,
                         stage_folder)
-from common import RANK, WORLD_SIZE, Log, Progress, due, duration, lr_multiplier, print0
-from configurator import configure
+from plumbing.common import RANK, WORLD_SIZE, Log, Progress, due, duration, lr_multiplier, print0
+from plumbing.configurator import configure
 from engine import Engine
-from metrics import evaluate_loss, evaluate_task, to_device
+from evals.metrics import evaluate_loss, evaluate_task, to_device
 from muon import build_optimizers, set_schedule
 from tasks import (arc, check, docstrings, gsm8k, identity, identity_file, mixture, mmlu, simple_spelling, smoltalk,
                    spelling_bee)

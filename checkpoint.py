@@ -16,10 +16,10 @@ import sys
 
 import torch
 
-from budget import KEEP
-from common import RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, print0
+from plumbing.budget import KEEP
+from plumbing.common import RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, print0
 from model import GPT, GPTConfig
-from runtime import barrier
+from plumbing.machine import barrier
 from tokenizer import load_tokenizer
 
 # the stages in their order: where their models are, what trains them, and the code that their weights depend on

@@ -6,7 +6,7 @@ writes  base_data/shard_NNNNN.parquet and, beside it, shard_NNNNN.<tokenizer's f
 run     python data.py -n 8               the first 8 training shards and the validation shard
         python data.py --embedded=1       no network: the documentation inside this Python
 """
-import packages  # noqa: F401, I001: first, so that it can say what is missing
+from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import bisect
 import contextlib
 import itertools
@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common import atomic_write, base_path
-from configurator import configure
-from download import HUB, check_parquet, download
+from plumbing.common import atomic_write, base_path
+from plumbing.configurator import configure
+from plumbing.download import HUB, check_parquet, download
 
 num_shards = 8         # training shards to fetch, from 00000 on (95 MB, 52M tokens each); 0 = none
 num_threads = 4        # files fetched at the same time
@@ -361,12 +361,12 @@ if __name__ == "__main__":
     config = configure(globals())
     try:
         if embedded:
-            from pydocs import write_shards
+            from tasks.pydocs import write_shards
             write_shards()
         elif num_shards:
             fetch_shards(num_shards, num_threads)
         if tasks:
-            from tasks import fetch as fetch_tasks
+            from tasks.downloaded import fetch as fetch_tasks
             fetch_tasks()
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr, flush=True)

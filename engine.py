@@ -17,7 +17,7 @@ from collections import deque
 
 import torch
 
-from calculator import calculate
+from plumbing.calculator import calculate
 from tokenizer import SPECIAL_TOKENS
 
 

@@ -9,22 +9,22 @@ writes  mid_checkpoints/<model_tag>/{model,optim,meta}_NNNNNN.*, log.jsonl
 run     python mid_train.py
         python mid_train.py config/tiny_mid.py --resume=1
 """
-import packages  # noqa: F401, I001: first, so that it can say what is missing
+from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import os
 import time
 
 import torch
 
-import runtime
-from background import start_background
-from budget import eval_rows, flops_per_token, micro_batches, rows_per_step
+from plumbing import machine as runtime
+from plumbing.background import start_background
+from plumbing.budget import eval_rows, flops_per_token, micro_batches, rows_per_step
 from chat_data import conversation_files, epoch_tokens, make_conversation_files, remove_files
 from checkpoint import (continue_from, find_parent, load_model, load_optimizers, micro_batch_of, save_checkpoint, source_of,
                         stage_folder)
-from common import RANK, WORLD_SIZE, Log, Progress, due, duration, lr_multiplier, print0
-from configurator import configure
+from plumbing.common import RANK, WORLD_SIZE, Log, Progress, due, duration, lr_multiplier, print0
+from plumbing.configurator import configure
 from data import TokenStream
-from metrics import evaluate_bpb, to_device
+from evals.metrics import evaluate_bpb, to_device
 from muon import build_optimizers, set_schedule
 from tasks import docstrings, gsm8k, identity, identity_file, mixture, mmlu, simple_spelling, smoltalk, spelling_bee
 

@@ -6,10 +6,10 @@ run     python plan.py --depth=12 --num_iterations=500
 import difflib
 import subprocess
 
-from budget import (CPU_BYTES, KEEP, checkpoint_bytes, flops_per_token, micro_batches, model_shape, num_params,
+from plumbing.budget import (CPU_BYTES, KEEP, checkpoint_bytes, flops_per_token, micro_batches, model_shape, num_params,
                     peak_flops, row_bytes, rows_per_step, state_bytes, usable_bytes)
-from common import base_path, duration
-from configurator import configure
+from plumbing.common import base_path, duration
+from plumbing.configurator import configure
 
 depth = 12                     # layers
 head_dim = 0                   # 0 = 128, or 64 at odd depths

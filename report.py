@@ -9,7 +9,7 @@ reads   <stage>_checkpoints/<model_tag>/{meta_NNNNNN.json,log.jsonl,eval.json,ch
 writes  report/<model_tag>.md and report/<model_tag>/curves.png below the base folder, and both here
 run     python report.py --model_tag=d12
 """
-import packages  # noqa: F401, I001: first, so that it can say what is missing
+from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import ast
 import math
 import os
@@ -20,11 +20,11 @@ import subprocess
 from urllib.parse import quote
 
 from checkpoint import FOLDERS, SCRIPTS, is_finished
-from common import atomic_write, base_path, duration, standard_error
-from configurator import configure
-from curves import at_end, draw, series, sparklines
+from plumbing.common import atomic_write, base_path, duration, standard_error
+from plumbing.configurator import configure
+from evals.curves import at_end, draw, series, sparklines
 from engine import printable
-from results import (TITLES, answers, chain_remarks, evaluation_seconds, find_tag, read_json, read_run, seconds_of,
+from evals.results import (TITLES, answers, chain_remarks, evaluation_seconds, find_tag, read_json, read_run, seconds_of,
                      validation)
 
 model_tag = ""                 # which model; "" = the only one there is

@@ -9,7 +9,7 @@ writes  tokenizer/eval.json
 run     python tok_eval.py
         python tok_eval.py --references=             ours alone, nothing is fetched
 """
-import packages  # noqa: F401, I001: first, so that it can say what is missing
+from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import json
 import os
 import textwrap
@@ -19,8 +19,8 @@ import time
 import tiktoken
 from tiktoken_ext import openai_public
 
-from common import atomic_write, base_path
-from configurator import configure
+from plumbing.common import atomic_write, base_path
+from plumbing.configurator import configure
 from data import VAL_SHARD, read_texts, shard_path
 from tokenizer import load_tokenizer
 

@@ -6,13 +6,13 @@ writes  tokenizer/vocab.tiktoken, token_bytes.npy and, when all is done, meta.js
 run     python tok_train.py --num_shards=8
         python tok_train.py --vocab_size=4096 --num_shards=1
 """
-import packages  # noqa: F401, I001: first, so that it can say what is missing
+from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import json
 import os
 import time
 
-from common import base_path, duration
-from configurator import configure
+from plumbing.common import base_path, duration
+from plumbing.configurator import configure
 
 vocab_size = 65536             # tokens, the 9 specials included; at most 65,536
 max_chars = 2_000_000_000      # characters of text to learn from; less when the shards end before

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tiktoken
 
-from common import atomic_write, base_path
+from plumbing.common import atomic_write, base_path
 
 # They stand at the end of the vocabulary in this order. Text can never contain them: "<|bos|>"
 # typed by a user is encoded as seven ordinary characters.

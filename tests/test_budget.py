@@ -1,7 +1,7 @@
 """Batch arithmetic and what a run costs."""
 import pytest
 
-from budget import eval_rows, micro_batches, model_shape, peak_flops, row_bytes, rows_per_step, state_bytes
+from plumbing.budget import eval_rows, micro_batches, model_shape, peak_flops, row_bytes, rows_per_step, state_bytes
 
 D12 = dict(sequence_len=1024, vocab_size=65536, **model_shape(12))
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from calculator import MAX_CHARS, calculate
+from plumbing.calculator import MAX_CHARS, calculate
 
 RIGHT = {
     "48/2": "24", "48+24": "72", "12/60": "0.2", "0.2*50": "10", "16-3-4": "9", "(1+2)*3": "9",

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-import common
+from plumbing import common
 from checkpoint import FOLDERS, save_checkpoint
 from conftest import ROOT
 from engine import Engine

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from common import Ema, Log, Progress, atomic_write, code_hash, due, duration, lr_multiplier, read_log
+from plumbing.common import Ema, Log, Progress, atomic_write, code_hash, due, duration, lr_multiplier, read_log
 
 
 def test_the_learning_rate_stays_and_falls_to_zero_after_the_last_step():

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from configurator import configure
+from plumbing.configurator import configure
 from conftest import ROOT
 
 

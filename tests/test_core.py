@@ -21,10 +21,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import core
-import download as download_module
+from evals import core
+from plumbing import download as download_module
 from conftest import ROOT
-from core import LM, MC, SCHEMA, TASKS, Task
+from evals.core import LM, MC, SCHEMA, TASKS, Task
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 
@@ -434,7 +434,7 @@ def test_base_eval_writes_what_it_prints_and_keeps_it(tmp_path):
     run(tmp_path, "-c", """
 import random
 from checkpoint import save_checkpoint
-from common import base_path
+from plumbing.common import base_path
 from data import VAL_SHARD, shard_path, write_shard
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer

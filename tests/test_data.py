@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import background
-import common
+from plumbing import background
+from plumbing import common
 import data
-import download as download_module
-from background import start_background
+from plumbing import download as download_module
+from plumbing.background import start_background
 from data import TokenStream, pad_batch, write_token_file
-from download import download
+from plumbing.download import download
 from tokenizer import Tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -220,7 +220,7 @@ def test_a_killed_download_leaves_only_a_part_and_is_resumed(folder):
         handler.wfile.flush()
         time.sleep(2)                             # the line is silent, nobody hangs up
     with serve(answer) as (url, seen):
-        code = f"from download import download; download({url + '/a.parquet'!r}, {path!r})"
+        code = f"from plumbing.download import download; download({url + '/a.parquet'!r}, {path!r})"
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
         while not os.path.exists(f"{path}.part") or os.path.getsize(f"{path}.part") < len(BIG) // 4:
             time.sleep(0.02)
@@ -484,7 +484,7 @@ def test_a_killed_background_is_noticed(folder):
 
 
 def test_the_background_does_not_outlive_a_killed_trainer():
-    code = ("import os, time; from background import start_background\n"
+    code = ("import os, time; from plumbing.background import start_background\n"
             "print(start_background(time.sleep, 60).process.pid, flush=True)\n"
             "time.sleep(0.5); os.kill(os.getpid(), 9)")
     trainer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import humaneval
-import sandbox
-import tasks
+from evals import humaneval
+from evals import sandbox
+from tasks import downloaded as tasks
 
 HUB = os.environ.get("NANOCHAT_TEST_HUB", "")
 needs_hub = pytest.mark.skipif(not HUB, reason="NANOCHAT_TEST_HUB names no mirror of the hub")

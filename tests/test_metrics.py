@@ -6,7 +6,7 @@ import torch
 
 from data import TokenStream, write_token_file
 from engine import Engine
-from metrics import crop, evaluate_bpb, evaluate_loss, evaluate_task
+from evals.metrics import crop, evaluate_bpb, evaluate_loss, evaluate_task
 from model import GPT, GPTConfig
 from tasks import check
 from tokenizer import Tokenizer

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from budget import flops_per_token, model_shape, num_params
+from plumbing.budget import flops_per_token, model_shape, num_params
 from model import GPT, LOGIT_CAP, CappedCrossEntropy, GPTConfig
 
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from budget import model_shape
+from plumbing.budget import model_shape
 from model import GPT, GPTConfig
 from muon import Muon, build_optimizers, orthogonalize, set_schedule
 

@@ -7,15 +7,15 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-import common
+from plumbing import common
 import data
-import pydocs
+from tasks import pydocs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def test_the_corpus_is_the_same_every_time():
-    code = ("from pydocs import digest, documents, functions; "
+    code = ("from tasks.pydocs import digest, documents, functions; "
             "print(digest(''.join(documents())), len(functions()))")
     env = dict(os.environ, PYTHONHASHSEED="1")
     out = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env).decode()

@@ -14,8 +14,8 @@ import sys
 
 import pytest
 
-import common
-import curves
+from plumbing import common
+from evals import curves
 from conftest import ROOT
 
 STAGES = dict(base="base_checkpoints", mid="mid_checkpoints", sft="chatsft_checkpoints")

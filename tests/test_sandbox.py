@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import jail
-import sandbox
+from evals import jail
+from evals import sandbox
 from conftest import ROOT
 from sandbox_probes import BENIGN, PROBES, program
 
@@ -81,7 +81,7 @@ job = json.load(sys.stdin)
 sys.path.insert(0, job["root"])
 if job["user"]:
     os.setgroups([]); os.setgid(job["user"]); os.setuid(job["user"])
-import jail
+from evals import jail
 if job["refused"]:
     code = [jail.op(jail.LOAD, 0)]
     for number, argument, bits, answer in job["refused"]:
@@ -93,7 +93,7 @@ if job["refused"]:
             code += [jail.op(jail.RETURN, answer)]
     jail.prctl(38, 1)
     jail.install_filter(b"".join([*code, jail.op(jail.RETURN, jail.ALLOW)]))
-import sandbox
+from evals import sandbox
 result = dict(layers=sandbox.layers(), available=sandbox.available(), refusal=sandbox.refusal(), verdicts={})
 def run(item):
     name, (source, passes) = item
@@ -238,7 +238,7 @@ def test_an_unsafe_run_leaves_no_process_either(copy, monkeypatch):
 
 @needs_layers
 def test_the_program_dies_with_the_trainer(copy):
-    source = f"import sys; sys.path.insert(0, {copy!r}); import sandbox; sandbox.run_program('while True: pass', 60)"
+    source = f"import sys; sys.path.insert(0, {copy!r}); from evals import sandbox; sandbox.run_program('while True: pass', 60)"
     trainer = subprocess.Popen([sys.executable, "-c", source])
     assert soon(lambda: running(copy))
     time.sleep(1)                                        # the layers were tried one by one before

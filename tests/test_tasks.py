@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import identity
-import spelling
-import tasks
-from calculator import calculate
+from tasks import identity
+from tasks import spelling
+from tasks import downloaded as tasks
+from plumbing.calculator import calculate
 from tokenizer import Tokenizer
 
 HUB = os.environ.get("NANOCHAT_TEST_HUB", "")

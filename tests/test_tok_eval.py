@@ -14,7 +14,7 @@ import time
 import pytest
 from tiktoken_ext import openai_public
 
-import common
+from plumbing import common
 from conftest import ROOT
 from data import VAL_SHARD, shard_path, write_shard
 from tokenizer import Tokenizer

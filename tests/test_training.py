@@ -13,8 +13,8 @@ import sys
 import pytest
 import torch
 
-from budget import checkpoint_bytes
-from common import read_log
+from plumbing.budget import checkpoint_bytes
+from plumbing.common import read_log
 from conftest import ROOT
 
 SHAPE = ["--depth=1", "--head_dim=32", "--max_seq_len=128", "--total_batch_size=1024"]
@@ -53,7 +53,7 @@ def trained(tmp_path_factory):
 import random
 from data import shard_path, VAL_SHARD, write_shard
 from tokenizer import Tokenizer
-from common import base_path
+from plumbing.common import base_path
 rng = random.Random(0)
 words = "the a cat dog sees hears and or red green house tree walks runs to from".split()
 text = lambda: " ".join(rng.choices(words, k=rng.randint(5, 60))).capitalize() + "."
@@ -171,7 +171,7 @@ def test_a_checkpoint_is_never_taken_for_what_it_is_not(copy):
     (mid / "meta_000020.json").write_text(json.dumps(meta))
     done = run(copy, *STAGES["mid"], "--resume=1", check=False)
     assert done.returncode == 1 and "another base checkpoint" in done.stderr
-    run(copy, "-c", "from tokenizer import *; from common import base_path; "
+    run(copy, "-c", "from tokenizer import *; from plumbing.common import base_path; "
         "Tokenizer([bytes([i]) for i in range(256)] + [b'ab']).save(base_path('tokenizer'), {})")
     done = run(copy, "chat_cli.py", "-i", "base", "-p", "hi", check=False)
     assert done.returncode == 1 and "another tokenizer" in done.stderr
@@ -277,7 +277,7 @@ def test_a_base_run_never_goes_on_with_another_tokenizer(copy):
     for name in os.listdir(copy / FOLDER["base"]):
         if "000020" in name:
             os.remove(copy / FOLDER["base"] / name)
-    run(copy, "-c", "from tokenizer import *; from common import base_path; "
+    run(copy, "-c", "from tokenizer import *; from plumbing.common import base_path; "
         "Tokenizer([bytes([i]) for i in range(256)] + [b'ab', b'cd', b'ef', b'gh', b'ij']).save(base_path('tokenizer'), {})")
     done = run(copy, *STAGES["base"], "--resume=1", check=False)
     assert done.returncode == 1 and "another tokenizer" in done.stderr and "Traceback" not in done.stderr

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from budget import CPU_BYTES, peak_flops, usable_bytes
-from common import LOCAL_RANK, RANK, WORLD_SIZE, atomic_write, print0
+from plumbing.budget import CPU_BYTES, peak_flops, usable_bytes
+from plumbing.common import LOCAL_RANK, RANK, WORLD_SIZE, atomic_write, print0
 from model import GPT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -8,9 +8,9 @@ import math
 
 import torch
 
-from common import RANK, WORLD_SIZE
+from plumbing.common import RANK, WORLD_SIZE
 from engine import text_of
-from runtime import sum_over_ranks
+from plumbing.machine import sum_over_ranks
 
 # what a base model is asked to go on with: facts, a riddle, a list, an opinion, some algebra
 PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be",

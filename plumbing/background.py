@@ -16,12 +16,12 @@ import tempfile
 import threading
 import time
 
-from common import RANK
+from plumbing.common import RANK
 
 # What the other process runs first: it learns where our modules are, then makes the call.
 CHILD = """import pickle, sys
 parent, sys.path[:], call = pickle.load(sys.stdin.buffer)
-import background
+from plumbing import background
 background.run(parent, call)"""
 
 

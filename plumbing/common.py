@@ -22,13 +22,15 @@ if os.path.exists(BASE_DIR) and not os.path.isdir(BASE_DIR):
 WANDB_IS_SET_UP = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
 
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # the code that makes conversations, and with it what mid-training and fine-tuning learn
-TASK_CODE = ("tasks.py", "identity.py", "spelling.py", "pydocs.py", "tokenizer.py", "chat_data.py")
+TASK_CODE = (*sorted(f"tasks/{name}" for name in os.listdir(os.path.join(ROOT, "tasks")) if name.endswith(".py")),
+             "tokenizer.py", "chat_data.py")
 
 
 def code_hash(name):
     """16 hex digits for what a Python file of ours does: comments, docstrings and layout do not count."""
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), encoding="utf-8") as f:
+    with open(os.path.join(ROOT, name), encoding="utf-8") as f:
         tree = ast.parse(f.read())
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:

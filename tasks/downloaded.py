@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import identity as identity_templates
-import pydocs
-import spelling
-from common import base_path
-from download import HUB, download
+from tasks import identity as identity_templates
+from tasks import pydocs
+from tasks import spelling
+from plumbing.common import base_path
+from plumbing.download import HUB, download
 
 PARQUET = "%s-00000-of-00001.parquet"
 SOURCES = {     # folder below task_data/: where its files come from, which files

@@ -30,10 +30,10 @@ from typing import NamedTuple
 
 import torch
 
-from common import RANK, WORLD_SIZE, base_path
-from download import download, locked
+from plumbing.common import RANK, WORLD_SIZE, base_path
+from plumbing.download import download, locked
 from engine import KVCache
-from runtime import barrier, sum_over_ranks
+from plumbing.machine import barrier, sum_over_ranks
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 REMEDY = f"remove {base_path('eval_bundle')} to fetch the bundle anew"

@@ -13,8 +13,8 @@ import zlib
 
 import numpy as np
 
-import pydocs
-from common import base_path
+from tasks import pydocs
+from plumbing.common import base_path
 
 TEST_SHARE = 10                              # one word in so many is kept for the test
 MAX_LETTERS = 12                             # of an invented word, as of the corpus's

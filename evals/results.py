@@ -8,8 +8,8 @@ import json
 import os
 
 from checkpoint import FOLDERS, path_of, sha_of, sources, stage_folder, steps_in, tags_of
-from common import base_path, read_log
-from curves import series
+from plumbing.common import base_path, read_log
+from evals.curves import series
 
 TITLES = dict(base="Pretraining", mid="Mid-training", sft="Fine-tuning")
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 
-from configurator import configure
+from plumbing.configurator import configure
 
 text = ""                      # the parquet file
 peers = ""                     # folder with the other trainers, never the environment; "" = only ours

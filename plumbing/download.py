@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import requests
 
-from common import HF_ENDPOINT, MIRROR
+from plumbing.common import HF_ENDPOINT, MIRROR
 
 HUB = "https://huggingface.co"
 TIMEOUT = (10, 60)               # seconds to connect, seconds without a byte

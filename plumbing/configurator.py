@@ -17,7 +17,7 @@ import sys
 import textwrap
 from types import ModuleType
 
-from common import print0
+from plumbing.common import print0
 
 KINDS = (int, float, bool, str)
 SHORT = {                    # short forms people type, each followed by its value: -n 8

@@ -10,7 +10,7 @@ val_bpb, val_loss. Missing ones leave a panel out, a null (a number that was not
 import itertools
 import statistics
 
-from common import atomic_write
+from plumbing.common import atomic_write
 
 COLORS = ["#2f66a9", "#b5651d", "#2f855a"]   # base, mid, sft; told apart in grey too
 BLOCKS = "▁▂▃▄▅▆▇█"

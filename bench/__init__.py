@@ -1,0 +1,1 @@
+"""What measures, run with python -m bench.NAME; no stage needs it."""
