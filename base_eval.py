@@ -88,7 +88,7 @@ if "bpb" in parts:
     shards = dict(val=shard_path(VAL_SHARD), train=base_path("base_data", meta["shards"][0]))
     for shard in shards.values():
         if not os.path.exists(shard):
-            raise SystemExit(f"{shard}: not here; fetch it with python data.py -n 1")
+            raise SystemExit(f"{shard}: not here; fetch it with python prepare.py -n 1")
     background = start_background(make_token_files, list(shards.values()), tokenizer)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).long().to(machine.device)
     bpb = {}

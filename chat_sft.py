@@ -17,10 +17,10 @@ import torch
 
 from plumbing import machine as runtime
 from plumbing.budget import flops_per_token, micro_batches
-from chat_data import padded_batch
 from checkpoint import (continue_from, find_parent, load_model, load_optimizers, micro_batch_of, save_checkpoint, source_of,
                         stage_folder)
 from plumbing.common import RANK, WORLD_SIZE, Log, Progress, due, duration, lr_multiplier, print0
+from data import padded_batch
 from plumbing.configurator import configure
 from engine import Engine
 from evals.metrics import evaluate_loss, evaluate_task, to_device

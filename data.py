@@ -1,40 +1,30 @@
 """
-Text in, batches of tokens out: fetch shards, tokenize each once, serve any batch by its row.
+Text and conversations in, batches of tokens out: what is read is tokenized once, and any batch is found by its row.
 
-reads   the hub (HF_ENDPOINT, NANOCHAT_MIRROR), base_data/*.parquet
-writes  base_data/shard_NNNNN.parquet and, beside it, shard_NNNNN.<tokenizer's fingerprint>.bin
-run     python data.py -n 8               the first 8 training shards and the validation shard
-        python data.py --embedded=1       no network: the documentation inside this Python
+reads   base_data/*.parquet, which prepare.py fetches; conversations from tasks/
+writes  beside each shard shard_NNNNN.<tokenizer's fingerprint>.bin; the same for conversations in the stage's folder
+gives   TokenStream: batch_at(row, ...) -> x, y
 """
-from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import bisect
 import contextlib
+import glob
+import hashlib
 import itertools
 import os
 import re
 import shutil
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from plumbing.common import atomic_write, base_path
-from plumbing.configurator import configure
-from plumbing.download import HUB, check_parquet, download
+from plumbing.common import RANK, TASK_CODE, atomic_write, base_path, code_hash
 
-num_shards = 8         # training shards to fetch, from 00000 on (95 MB, 52M tokens each); 0 = none
-num_threads = 4        # files fetched at the same time
-embedded = False       # 1 = write the embedded corpus as the shards instead of downloading any
-tasks = False          # 1 = also fetch what the tasks need (conversations, questions, words)
-
-SHARD_URL = f"{HUB}/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main/shard_%05d.parquet"
 VAL_SHARD = 1822       # the last one of the set, never trained on
-SHARD_BYTES = 100e6    # a shard on disk, rounded up
 GROUP = 1024           # documents in a row group, the unit in which shards are read
 PATIENCE = 120         # seconds in which nothing arrives before a missing shard is an error
+FILE_CONVERSATIONS = 8192  # conversations in one token file
 
 # ---------------------------------------------------------------------------------------------
 # 1. Shards: parquet files with one column of text.
@@ -42,17 +32,6 @@ PATIENCE = 120         # seconds in which nothing arrives before a missing shard
 
 def shard_path(i):
     return base_path("base_data", f"shard_{i:05d}.parquet")
-
-
-def check_shard(path):
-    """What keeps a file from being a downloaded shard of text, "" for nothing."""
-    problem = check_parquet(path)
-    if problem:
-        return problem
-    schema = pq.read_schema(path)
-    if "text" not in schema.names:
-        return f"it has no column 'text' (but {', '.join(schema.names)})"
-    return "it is the embedded corpus" if is_embedded(path) else ""
 
 
 def is_embedded(path):
@@ -66,47 +45,6 @@ def write_shard(path, texts):
     table = table.replace_schema_metadata({"nanochat": "embedded"})
     with atomic_write(path) as f:
         pq.write_table(table, f, row_group_size=GROUP, compression="zstd")
-
-
-def fetch_shards(num_shards, num_threads):
-    """The validation shard and training shards 0 .. num_shards-1; SystemExit if one is missing."""
-    if num_shards > VAL_SHARD:
-        raise SystemExit(f"num_shards={num_shards}: the set has {VAL_SHARD} training shards")
-    wanted = [VAL_SHARD, *range(num_shards)]      # validation first: the first evaluation needs it
-    for path in map(shard_path, wanted):          # somebody's own text is never replaced
-        if os.path.exists(path) and not check_parquet(path) and "text" not in pq.read_schema(path).names:
-            raise SystemExit(f"{path}: {check_shard(path)}; name its column of texts so, or move the file away")
-    missing = [i for i in wanted if not os.path.exists(shard_path(i)) or check_shard(shard_path(i))]
-    folder, need = base_path("base_data"), len(missing) * SHARD_BYTES
-    os.makedirs(folder, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise SystemExit(f"{folder}: {len(missing)} shards need about {need / 1e9:.1f} GB, "
-                         f"{free / 1e9:.1f} GB are free; fetch fewer (-n) or set NANOCHAT_BASE_DIR")
-    print(f"{len(wanted) - len(missing)} of {len(wanted)} shards are there", flush=True)
-    problems, left = [], len(missing)
-    pool = ThreadPoolExecutor(num_threads)        # no "with": Ctrl-C would wait for all files
-    jobs = [pool.submit(fetch_shard, i) for i in missing]
-    for job in as_completed(jobs):
-        if job.cancelled():
-            continue
-        if job.exception():                       # what fails for one file fails for the next
-            problems.append(str(job.exception()))
-            for other in jobs:
-                other.cancel()
-            continue
-        left -= 1
-        print(f"{job.result()}   {left} left", flush=True)
-    if problems:
-        raise SystemExit(f"{left} of {len(wanted)} shards are missing: {problems[0]}")
-
-
-def fetch_shard(i):
-    start = time.time()
-    num_bytes = download(SHARD_URL % i, shard_path(i), check_shard)
-    seconds = time.time() - start
-    megabytes = num_bytes / 1e6
-    return f"shard_{i:05d}.parquet   {megabytes:.1f} MB   {megabytes / seconds:.1f} MB/s"
 
 
 def train_shards(num_shards):
@@ -125,14 +63,14 @@ def train_shards(num_shards):
     paths = [os.path.join(folder, name) for name in names]
     paths = [path for path in paths if path != shard_path(VAL_SHARD)]
     if not paths:
-        raise SystemExit(f"{folder}: no training shards here; run: python data.py -n 8 "
-                         "(or, without a network: python data.py --embedded=1)")
+        raise SystemExit(f"{folder}: no training shards here; run: python prepare.py -n 8 "
+                         "(or, without a network: python prepare.py --embedded=1)")
     return paths
 
 
 def read_batches(path):
     """Lists of up to 1024 texts, without ever holding the whole file."""
-    mend = "delete it and run python data.py again"
+    mend = "delete it and run python prepare.py again"
     try:
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 18)  # by default it reads all at first
         names = file.schema_arrow.names
@@ -145,7 +83,7 @@ def read_batches(path):
                                  f"{group * GROUP} to {group * GROUP + len(texts) - 1}; {mend}")
             yield texts
     except FileNotFoundError:
-        raise SystemExit(f"{path}: not here; python data.py fetches shards") from None
+        raise SystemExit(f"{path}: not here; python prepare.py fetches shards") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise SystemExit(f"{path}: damaged ({reason}); {mend}") from None
@@ -239,7 +177,7 @@ def wait_for_shard(path):
                     alive = max(alive, os.path.getmtime(os.path.join(folder, other)))
         if time.time() - alive > PATIENCE:
             raise SystemExit(f"{path}: not here, and nothing has arrived for {PATIENCE} s; "
-                             "fetch it with python data.py, then resume")
+                             "fetch it with python prepare.py, then resume")
         if not said:
             print(f"waiting for {name} to be downloaded", flush=True)
             said = True
@@ -247,7 +185,63 @@ def wait_for_shard(path):
 
 
 # ---------------------------------------------------------------------------------------------
-# 3. Batches: where a row lies depends on its number alone, so resuming needs no loader state.
+# 3. Conversations as token files: one after the other like text, cut wherever a row ends, nothing padded or lost.
+
+
+def conversation_files(folder, conversations, tokenizer, split):
+    """
+    The token files that a mixture will have, in `folder`; those of another mixture there go.
+
+    The name holds a hash of the tokenizer, of the mixture and of the code that makes the
+    conversations, so that an edited template is never answered with yesterday's tokens.
+    """
+    made_by = [code_hash(name) for name in TASK_CODE]
+    key = hashlib.sha256(f"{tokenizer.fingerprint} {conversations!r} {len(conversations)} {made_by}".encode()).hexdigest()[:16]
+    for old in glob.glob(os.path.join(folder, f"{split}_*")):
+        if RANK == 0 and not os.path.basename(old).startswith(f"{split}_{key}"):
+            os.remove(old)
+    count = -(-len(conversations) // FILE_CONVERSATIONS)
+    return [os.path.join(folder, f"{split}_{key}.{k:05d}.bin") for k in range(count)]
+
+
+def make_conversation_files(jobs, tokenizer):
+    """Write the token files of each (paths, conversations) in jobs; runs in the background."""
+    for paths, conversations in jobs:
+        for k, path in enumerate(paths):
+            first = k * FILE_CONVERSATIONS
+            rows = range(first, min(first + FILE_CONVERSATIONS, len(conversations)))
+            if not is_fresh(path):
+                write_token_file(path, (render(conversations, i, tokenizer) for i in rows))
+
+
+def render(conversations, i, tokenizer):
+    """(ids, mask) of conversation i; a broken one ends the run and says which it is."""
+    try:
+        return tokenizer.render_conversation(conversations[i])
+    except ValueError as error:
+        raise SystemExit(f"conversation {i} of {conversations!r}: {error}") from None
+
+
+def epoch_tokens(stream, conversations):
+    """
+    Tokens in one pass over the mixture, reckoned from its first file alone.
+
+    The mixture is shuffled, so the first file is a fair sample (within about a percent), and the
+    run need not wait until the last one is made to know its length.
+    """
+    while not stream.ends:
+        stream.open_next()
+    return round(stream.ends[0] * len(conversations) / min(FILE_CONVERSATIONS, len(conversations)))
+
+
+def remove_files(folder):
+    """Remove the token files of a finished stage; what is in them can be made again."""
+    if RANK == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. Batches: where a row lies depends on its number alone, so resuming needs no loader state.
 
 
 class TokenStream:
@@ -260,17 +254,10 @@ class TokenStream:
 
     def __init__(self, paths, still_coming=None):
         if not paths:
-            raise SystemExit("no training shards; run: python data.py -n 8")
+            raise SystemExit("no training shards; run: python prepare.py -n 8")
         self.paths, self.still_coming = list(paths), still_coming
         self.files = []        # (tokens, mask or None) of the files opened so far, memory-mapped
         self.ends = []         # ends[k]: tokens in files 0 .. k
-
-    @property
-    def known_tokens(self):
-        """Tokens in the files that are there by now, up to the first that is not."""
-        while len(self.files) < len(self.paths) and is_fresh(self.paths[len(self.files)]):
-            self.open_next()
-        return self.ends[-1] if self.ends else 0
 
     @property
     def num_tokens(self):
@@ -357,17 +344,6 @@ def pad_batch(rows, T):
     return x, y
 
 
-if __name__ == "__main__":
-    config = configure(globals())
-    try:
-        if embedded:
-            from tasks.pydocs import write_shards
-            write_shards()
-        elif num_shards:
-            fetch_shards(num_shards, num_threads)
-        if tasks:
-            from tasks.downloaded import fetch as fetch_tasks
-            fetch_tasks()
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
-        os._exit(130)                             # a normal exit would wait for the threads
+def padded_batch(conversations, indices, tokenizer, T):
+    """Conversations as (x, y), one per row, at most T tokens each; see pad_batch."""
+    return pad_batch([render(conversations, i % len(conversations), tokenizer) for i in indices], T)

@@ -18,12 +18,11 @@ import torch
 from plumbing import machine as runtime
 from plumbing.background import start_background
 from plumbing.budget import eval_rows, flops_per_token, micro_batches, rows_per_step
-from chat_data import conversation_files, epoch_tokens, make_conversation_files, remove_files
 from checkpoint import (continue_from, find_parent, load_model, load_optimizers, micro_batch_of, save_checkpoint, source_of,
                         stage_folder)
 from plumbing.common import RANK, WORLD_SIZE, Log, Progress, due, duration, lr_multiplier, print0
 from plumbing.configurator import configure
-from data import TokenStream
+from data import TokenStream, conversation_files, epoch_tokens, make_conversation_files, remove_files
 from evals.metrics import evaluate_bpb, to_device
 from muon import build_optimizers, set_schedule
 from tasks import docstrings, gsm8k, identity, identity_file, mixture, mmlu, simple_spelling, smoltalk, spelling_bee

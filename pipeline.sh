@@ -74,10 +74,10 @@ stage() {
 
 stage "1. text"
 if [ "$CONFIG" = tiny ]; then
-    python data.py --embedded=1
+    python prepare.py --embedded=1
     downloads=
 else
-    python data.py -n "$DATA_SHARDS" --tasks=1 &     # goes on while the tokenizer and the model train
+    python prepare.py -n "$DATA_SHARDS" --tasks=1 &     # goes on while the tokenizer and the model train
     downloads=$!
     trap 'kill $downloads 2>/dev/null || true' EXIT
 fi

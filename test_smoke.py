@@ -10,7 +10,7 @@ import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 STAGES = [
-    ["data.py", "--embedded=1"],
+    ["prepare.py", "--embedded=1"],
     ["tok_train.py", "--vocab_size=1024", "--max_chars=1000000"],
     ["tok_eval.py", "--references="],
     ["base_train.py", "config/tiny_base.py", "--num_iterations=30", "--save_every=20", "--resume=1"],

@@ -25,7 +25,7 @@ WANDB_IS_SET_UP = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # the code that makes conversations, and with it what mid-training and fine-tuning learn
 TASK_CODE = (*sorted(f"tasks/{name}" for name in os.listdir(os.path.join(ROOT, "tasks")) if name.endswith(".py")),
-             "tokenizer.py", "chat_data.py")
+             "tokenizer.py", "data.py")
 
 
 def code_hash(name):

@@ -44,7 +44,7 @@ SOURCES = {     # folder below task_data/: where its files come from, which file
     "words": ("https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/",
               ["words_alpha.txt"]),
 }
-FETCH = "run: python data.py -n 0 --tasks=1"
+FETCH = "run: python prepare.py -n 0 --tasks=1"
 SHUFFLE = 42            # rows of a file come in this order, so that the first n are a fair sample
 
 # ---------------------------------------------------------------------------------------------

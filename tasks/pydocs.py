@@ -2,7 +2,7 @@
 The embedded corpus: the documentation that ships inside the reader's own Python.
 
 reads   pydoc's topics and the source files of the standard library, parsed with ast, never run
-writes  base_data/shard_00000.parquet (training), shard_01822.parquet (validation)
+gives   documents(), which prepare.py writes as shards; functions() and words() for questions
 
 About 2.5 MB of real English about one subject, there on every machine without a network.
 """
@@ -16,8 +16,6 @@ import os
 import re
 import sysconfig
 import warnings
-
-from data import VAL_SHARD, is_embedded, shard_path, write_shard
 
 # Folders without documentation: tests, installed packages, demos, character tables.
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "turtledemo", "encodings",
@@ -152,24 +150,6 @@ def documents():
 def is_validation(document):
     """The split: by the document's hash alone, so near-duplicates may stand on both sides."""
     return int(digest(document)[-8:], 16) < VAL_FRACTION * 2**32
-
-
-def write_shards():
-    """Write the corpus in the place of the downloaded shards, unless it is there."""
-    train, val = shard_path(0), shard_path(VAL_SHARD)
-    there = [path for path in (train, val) if os.path.exists(path)]
-    for path in there:
-        if not is_embedded(path):
-            raise SystemExit(f"{path}: a downloaded shard is here already; set NANOCHAT_BASE_DIR "
-                             "to another folder for the embedded corpus")
-    if len(there) == 2:
-        print("the embedded corpus is there", flush=True)
-        return
-    texts = documents()
-    write_shard(val, [text for text in texts if is_validation(text)])
-    write_shard(train, [text for text in texts if not is_validation(text)])
-    num_bytes = sum(len(text.encode()) for text in texts)
-    print(f"embedded corpus: {len(texts)} documents, {num_bytes / 1e6:.2f} MB", flush=True)
 
 
 def first_sentence(doc):

@@ -45,7 +45,7 @@ def listed_words(path):
     """The words of the downloaded list, which ends its lines with CR LF."""
     problem = check_words(path)
     if problem:
-        raise SystemExit(f"{path}: {problem}; delete it and run: python data.py -n 0 --tasks=1")
+        raise SystemExit(f"{path}: {problem}; delete it and run: python prepare.py -n 0 --tasks=1")
     with open(path, encoding="ascii") as f:
         return f.read().split()
 

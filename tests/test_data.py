@@ -5,6 +5,7 @@ import http.server
 import io
 import os
 import signal
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,11 +22,11 @@ from plumbing import common
 import data
 from plumbing import download as download_module
 from plumbing.background import start_background
+from conftest import ROOT, run_script
 from data import TokenStream, pad_batch, write_token_file
 from plumbing.download import download
 from tokenizer import Tokenizer
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BYTES = Tokenizer([bytes([i]) for i in range(256)])
 OTHER = Tokenizer([bytes([i]) for i in range(256)] + [b"th"])
 
@@ -260,8 +261,8 @@ def test_the_hub_and_every_other_host_can_be_replaced(monkeypatch):
 def test_the_validation_shard_comes_first_and_nothing_is_fetched_twice(folder, monkeypatch):
     with serve(lambda h, n: send(h, parquet_bytes())) as (url, seen):
         monkeypatch.setattr(download_module, "HF_ENDPOINT", url)
-        data.fetch_shards(2, 1)
-        data.fetch_shards(2, 1)
+        run_script("prepare.py", "-n", "2", "--num_threads=1")
+        run_script("prepare.py", "-n", "2", "--num_threads=1")
     assert [path[-19:-8] for path, _ in seen] == ["shard_01822", "shard_00000", "shard_00001"]
     assert data.train_shards(0) == data.train_shards(2) == [data.shard_path(0), data.shard_path(1)]
 
@@ -272,14 +273,14 @@ def test_a_missing_shard_ends_the_download_with_an_error(folder, monkeypatch):
     with serve(answer) as (url, _):
         monkeypatch.setattr(download_module, "HF_ENDPOINT", url)
         with pytest.raises(SystemExit, match="1 of 3 shards are missing.*404"):
-            data.fetch_shards(2, 1)
+            run_script("prepare.py", "-n", "2", "--num_threads=1")
 
 
 def test_a_shard_without_text_is_refused(folder, monkeypatch):
     with serve(lambda h, n: send(h, parquet_bytes(content=["a"]))) as (url, _):
         monkeypatch.setattr(download_module, "HF_ENDPOINT", url)
         with pytest.raises(SystemExit, match="no column 'text'"):
-            data.fetch_shards(1, 1)
+            run_script("prepare.py", "-n", "1", "--num_threads=1")
     assert data.train_shards(1) and not os.path.exists(data.shard_path(0))
 
 
@@ -290,7 +291,7 @@ def test_a_users_own_text_is_never_replaced(folder, monkeypatch):
     with serve(lambda h, n: send(h, parquet_bytes())) as (url, _):
         monkeypatch.setattr(download_module, "HF_ENDPOINT", url)
         with pytest.raises(SystemExit, match="no column 'text'.*move the file away"):
-            data.fetch_shards(1, 1)
+            run_script("prepare.py", "-n", "1", "--num_threads=1")
     with open(data.shard_path(0), "rb") as f:
         assert f.read() == own
 
@@ -299,18 +300,18 @@ def test_the_embedded_corpus_is_not_taken_for_a_downloaded_shard(folder, monkeyp
     data.write_shard(data.shard_path(0), ["docs"])
     with serve(lambda h, n: send(h, parquet_bytes())) as (url, _):
         monkeypatch.setattr(download_module, "HF_ENDPOINT", url)
-        data.fetch_shards(1, 1)
+        run_script("prepare.py", "-n", "1", "--num_threads=1")
     assert list(data.read_texts(data.shard_path(0))) == ["one", "two"]
 
 
 def test_too_little_disk_is_said_before_the_download(folder, monkeypatch):
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**8}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**8}))
     with pytest.raises(SystemExit, match="3 shards need about 0.3 GB, 0.1 GB are free"):
-        data.fetch_shards(2, 1)
+        run_script("prepare.py", "-n", "2", "--num_threads=1")
 
 
 def test_no_shards_says_how_to_get_them(folder):
-    with pytest.raises(SystemExit, match="python data.py -n 8"):
+    with pytest.raises(SystemExit, match="python prepare.py -n 8"):
         data.train_shards(0)
     with pytest.raises(SystemExit, match="1822"):
         data.train_shards(1823)
@@ -388,7 +389,7 @@ def test_targets_are_the_next_tokens_and_rows_cross_files_and_wrap(folder):
         where = (row * 7 + np.arange(21)) % 30
         assert x.dtype == y.dtype == np.int64 and x.shape == y.shape == (3, 7)
         assert (x.ravel() == where).all() and (y.ravel() == (where + 1) % 30).all()
-    assert stream.num_tokens == stream.known_tokens == 30
+    assert stream.num_tokens == 30
 
 
 def test_a_row_depends_on_its_number_alone(folder):
@@ -431,7 +432,7 @@ def test_a_batch_waits_only_for_the_files_it_needs(folder, capsys):
     paths = token_files(folder, 64, 64)
     os.rename(paths[1], folder / "later")
     stream = TokenStream(paths, lambda: True)
-    assert stream.batch_at(0, 3, 16)[0].max() == 47 and stream.known_tokens == 64
+    assert stream.batch_at(0, 3, 16)[0].max() == 47 and stream.ends[-1] == 64
     threading.Timer(0.3, os.rename, (folder / "later", paths[1])).start()
     assert stream.batch_at(3, 2, 16)[1].max() == 80
     assert capsys.readouterr().out.count("waiting for t1.x.bin") == 1
@@ -543,7 +544,7 @@ def test_shards_of_a_real_mirror_arrive_unchanged(folder):
         server.stdout.readline()
         endpoint = f"http://127.0.0.1:{port}"
         env = dict(os.environ, HF_ENDPOINT=endpoint, NANOCHAT_BASE_DIR=str(folder))
-        command = [sys.executable, "data.py", "-n", "2"]
+        command = [sys.executable, "prepare.py", "-n", "2"]
         for _ in range(2):                        # the second time everything is there
             subprocess.run(command, cwd=ROOT, env=env, check=True, timeout=120)
     finally:

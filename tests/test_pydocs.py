@@ -9,9 +9,9 @@ import pytest
 
 from plumbing import common
 import data
+from conftest import ROOT, run_script
 from tasks import pydocs
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def test_the_corpus_is_the_same_every_time():
@@ -50,7 +50,7 @@ def test_tests_and_installed_packages_stay_out():
 
 
 def test_source_is_parsed_and_never_run():
-    code = "import pydocs, sys; pydocs.entries(); print(*sys.modules)"
+    code = "import sys; from tasks import pydocs; pydocs.entries(); print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT).decode().split()
     assert "pydocs" in loaded
     assert not {"this", "antigravity", "turtle", "tkinter", "pydoc_data.topics"} & set(loaded)
@@ -102,18 +102,18 @@ def test_the_first_sentence(doc, sentence):
 
 def test_shards_are_written_once_and_never_over_downloaded_ones(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "BASE_DIR", str(tmp_path))
-    pydocs.write_shards()
+    run_script("prepare.py", "--embedded=1")
     train, val = data.shard_path(0), data.shard_path(data.VAL_SHARD)
     texts = list(data.read_texts(train))
     assert not set(texts) & set(data.read_texts(val))
     assert sorted(texts + list(data.read_texts(val))) == sorted(pydocs.documents())
     assert pq.read_metadata(train).num_row_groups > 3
     before = os.stat(train).st_mtime_ns
-    pydocs.write_shards()
+    run_script("prepare.py", "--embedded=1")
     assert os.stat(train).st_mtime_ns == before and "is there" in capsys.readouterr().out
     pq.write_table(pq.read_table(train).replace_schema_metadata({}), train)
     with pytest.raises(SystemExit, match="downloaded shard is here"):
-        pydocs.write_shards()
+        run_script("prepare.py", "--embedded=1")
 
 
 def test_words_are_plain_lowercase_words():

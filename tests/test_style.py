@@ -10,25 +10,31 @@ import pytest
 
 from conftest import ROOT
 
-SCRIPTS = ["base_eval", "base_train", "chat_eval", "chat_cli", "chat_sft", "mid_train", "plan", "report", "tok_eval", "tok_train"]
-FILES = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, "*.py")))
-MODULES = [name for name in FILES if name not in SCRIPTS and not name.startswith(("test_", "bench_"))]
+SCRIPTS = ["base_eval", "base_train", "chat_eval", "chat_cli", "chat_sft", "mid_train", "plan", "prepare", "report", "tok_eval",
+           "tok_train"]
+FOLDERS = ["bench", "evals", "plumbing", "tasks"]
+# every file of ours by the name it is imported with, a folder's __init__.py by the folder's
+PATHS = {os.path.relpath(path, ROOT)[:-3].replace(os.sep, ".").removesuffix(".__init__"): path
+         for folder in ("", *FOLDERS) for path in glob.glob(os.path.join(ROOT, folder, "*.py"))}
+FILES = sorted(name for name in PATHS if not name.startswith("test_"))
 PURE_TORCH = ["model", "muon"]
 
 
 def source(name):
-    with open(os.path.join(ROOT, f"{name}.py"), encoding="utf-8") as f:
+    with open(PATHS[name], encoding="utf-8") as f:
         return f.read()
 
 
 def imports(name):
     """The modules of ours that a file imports when it is imported itself."""
     found = set()
-    for node in ast.parse(source(name)).body:            # what data.py's script part imports does not count
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
-            [node.module] if isinstance(node, ast.ImportFrom) else []
-        found |= {n for n in names if n in FILES}
-    return found
+    for node in ast.parse(source(name)).body:
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{a.name}" for a in node.names} & set(FILES)     # from plumbing import machine
+            found |= inner or {node.module}
+    return found & set(FILES) - {name}
 
 
 def knobs(name):
@@ -38,7 +44,7 @@ def knobs(name):
     return [(knob, line) for knob, line in re.findall(r"^([a-z]\w*) = (.*)$", head, re.MULTILINE) if knob != "config"]
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "data"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_knob_is_read(name):
     text = source(name)
     rest = text[text.index("configure(globals()"):] + text[:text.index("configure(globals()")]
@@ -81,16 +87,27 @@ def test_modules_import_no_circle():
         for other in imports(name):
             reach(other, [*seen, name])
     for name in FILES:
-        if not name.startswith("test_"):
-            reach(name, [])
+        reach(name, [])
+
+
+def test_what_a_folder_may_import():
+    below = dict(plumbing=(), tasks=("plumbing",), evals=("plumbing", "tasks"))      # of the folders; the textbook as well
+    for name in FILES:
+        folder = name.partition(".")[0]
+        outside = {other for other in imports(name) if other.partition(".")[0] != folder}
+        if folder == "plumbing":
+            assert not outside, f"{name} imports {outside}"
+        elif folder in below:
+            wrong = {other for other in outside if other.partition(".")[0] in FOLDERS and other.partition(".")[0] not in below[folder]}
+            assert not wrong, f"{name} imports {wrong}"
 
 
 def test_the_environment_is_read_in_one_place_and_argv_in_one():
     for name in FILES:
         text = source(name)
-        if name != "common" and not name.startswith(("test_", "bench_")):
+        if name not in ("plumbing.common", "bench.tokenizer"):
             assert "environ" not in text and "getenv" not in text, f"{name}.py reads the environment"
-        if name not in ("configurator", "bench_tokenizer"):
+        if name not in ("plumbing.configurator", "bench.tokenizer"):
             assert "sys.argv" not in text, f"{name}.py reads argv"
 
 

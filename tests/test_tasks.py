@@ -228,7 +228,7 @@ def test_missing_and_broken_files_end_in_one_line():
     os.remove(path)
     for task in (tasks.gsm8k("test"), tasks.smoltalk("train"), tasks.mmlu("test"),
                  tasks.arc("Easy", "train"), tasks.identity_file()):
-        with pytest.raises(SystemExit, match="not here; run: python data.py"):
+        with pytest.raises(SystemExit, match="not here; run: python prepare.py"):
             len(task)
     with pytest.raises(SystemExit, match="none of"):
         tasks.fetch(["smalltalk"])
