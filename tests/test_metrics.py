@@ -6,7 +6,7 @@ import torch
 
 from data import TokenStream, write_token_file
 from engine import Engine
-from metrics import crop, evaluate_bpb, evaluate_loss, evaluate_task
+from metrics import choose, crop, evaluate_bpb, evaluate_loss, evaluate_task, ticket_of
 from model import GPT, GPTConfig
 from tasks import check
 from tokenizer import Tokenizer
@@ -34,6 +34,14 @@ def test_the_letter_with_the_highest_logit_is_the_answer():
     task = [question(f"Which? {n}", list("ABCD"), right) for n, right in enumerate("CABCC")]
     assert evaluate_task(Engine(net, TOKENIZER), task, check, batch_size=2) == (3, 5)
     assert evaluate_task(Engine(net, TOKENIZER), task, check, max_problems=2) == (1, 2)
+
+
+def test_a_model_that_sees_no_difference_scores_what_guessing_does():
+    net = model()                                        # the head of a new model is zero: all letters are equal
+    task = [question(f"Which? {n}", list("ABCD"), "A") for n in range(400)]
+    right, _ = evaluate_task(Engine(net, TOKENIZER), task, check, batch_size=100)
+    assert 70 < right < 130, "not all of them to the first letter, whose turn it happens to be"
+    assert right == sum(choose([0.0] * 4, ticket_of([f"Which? {n}"])) == 0 for n in range(400))
 
 
 def test_a_question_longer_than_the_context_is_cropped_from_the_left():
