@@ -6,6 +6,7 @@ the rows and the sums are added up.
 """
 import hashlib
 import math
+from collections import Counter
 
 import torch
 
@@ -17,6 +18,7 @@ from runtime import sum_over_ranks
 PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be",
            "The opposite of hot is", "The planets of the solar system are:", "My favorite color is",
            "If 5*x + 3 = 13, then x is"]
+GUESSING = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}   # share that chance has right; 0 for all others
 TIE = 1e-4                     # nats: choices whose (mean) losses are this close count as equal
 
 
@@ -121,6 +123,17 @@ def evaluate_letters(model, tokenizer, task, max_problems, batch_size):
             right += problem["letters"][choice] == problem["answer"]
             total += 1
     return tuple(int(n) for n in sum_over_ranks([right, total], model.device))
+
+
+def constant_share(problems):
+    """
+    The share of some problems that one and the same answer to all of them would have right.
+
+    Of the counts of a letter two thirds are 1: what a model gets there means something only beside this number.
+    0 where right is what passes, and no answer is given, as for programs.
+    """
+    answers = [problem.get("answer") for problem in problems]
+    return Counter(answers).most_common(1)[0][1] / len(answers) if None not in answers else 0.0
 
 
 def crop(ids, length):
