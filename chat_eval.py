@@ -18,7 +18,7 @@ from checkpoint import find_checkpoint, load_model, sha_of
 from plumbing.common import RANK, atomic_write, duration, print0, standard_error
 from plumbing.configurator import configure
 from engine import Engine
-from evals.metrics import evaluate_task
+from evals.metrics import GUESSING, constant_share, evaluate_task
 from tasks import arc, check, gsm8k, identity, mmlu, simple_spelling, spelling_bee
 
 source = "sft"                 # -i: whose model: base, mid or sft
@@ -35,7 +35,6 @@ device = ""                    # cuda, mps or cpu; "" = the best there is
 dtype = ""                     # float32 or bfloat16; "" = as in training
 config = configure(globals())
 
-BASELINES = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}   # what guessing gives; 0 for all others
 CHATCORE = ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
 
 
@@ -49,10 +48,14 @@ def small_tests(meta):
 
 
 def chatcore(results, names):
-    """Mean over the tasks of how far the accuracy is from guessing to perfect; None if one is missing."""
+    """
+    Mean over the tasks of how far the accuracy is from guessing to perfect; None if one is missing.
+
+    What one answer to all problems would get is no baseline here, or the score would not compare with the original's.
+    """
     if not all("accuracy" in results.get(name, {}) for name in names):
         return None
-    centered = [(results[name]["accuracy"] - BASELINES.get(name, 0)) / (1 - BASELINES.get(name, 0)) for name in names]
+    centered = [(results[name]["accuracy"] - GUESSING.get(name, 0)) / (1 - GUESSING.get(name, 0)) for name in names]
     return sum(centered) / len(centered)
 
 
@@ -103,11 +106,13 @@ for name in wanted:
         check_answer = lambda problem, answer: humaneval.check(problem, answer, unsafe=unsafe_exec).passed  # noqa: E731
     right, total = evaluate_task(engine, tests[name], check_answer, max_problems, max_tokens, batch_size)
     accuracy, seconds = right / total, time.perf_counter() - clock
-    stderr = standard_error(right, total)
-    results["tasks"][name] = dict(right=right, total=total, accuracy=accuracy, stderr=stderr, seconds=seconds,
-                                  settings=settings)
+    stderr, constant = standard_error(right, total), constant_share([tests[name][i] for i in range(total)])
+    results["tasks"][name] = dict(right=right, total=total, accuracy=accuracy, stderr=stderr, constant=constant,
+                                  seconds=seconds, settings=settings)
     results["seconds"] += seconds
-    print0(f"{name}: {right} of {total} = {100 * accuracy:.1f} % (standard error {100 * stderr:.1f} %), {duration(seconds)}")
+    skewed = f"; one answer to all would get {100 * constant:.1f} %" if constant > GUESSING.get(name, 0) else ""
+    print0(f"{name}: {right} of {total} = {100 * accuracy:.1f} % (standard error {100 * stderr:.1f} %{skewed}), "
+           f"{duration(seconds)}")
     save_results()
 
 if results.get("chatcore") is not None:

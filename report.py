@@ -24,6 +24,7 @@ from plumbing.common import atomic_write, base_path, duration, standard_error
 from plumbing.configurator import configure
 from evals.curves import at_end, draw, series, sparklines
 from engine import printable
+from evals.metrics import GUESSING
 from evals.results import (TITLES, answers, chain_remarks, evaluation_seconds, find_tag, read_json, read_run, seconds_of,
                      validation)
 
@@ -43,7 +44,6 @@ D20 = {
     "HumanEval": dict(mid=0.0671, sft=0.0854),
     "ChatCORE, five tasks": dict(mid=0.0730, sft=0.0884),
 }
-GUESSING = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}    # 0 for all that is not multiple choice
 VERDICTS = [(0.9, "yes"), (0.6, "mostly"), (0.2, "sometimes"), (0.02, "rarely"), (-math.inf, "no")]
 remarks = []                   # what a reader of the report has to know about missing or doubtful files
 
@@ -200,19 +200,22 @@ def abilities(runs):
     newest = {name: (stage, *numbers) for stage, run in runs.items() for name, numbers in answers(run).items()}
     rows = []
     for name, (stage, right, total) in newest.items():
-        share, error, chance = right / total, standard_error(right, total), GUESSING.get(name, 0.0)
-        known = (share - chance) / (1 - chance)                  # 0 = guesses, 1 = knows
-        verdict = "no better than guessing" if chance and share - 2 * error <= chance else \
-            next(word for least, word in VERDICTS if known >= least)
+        share, error = right / total, standard_error(right, total)
+        chance = max(GUESSING.get(name, 0.0), runs[stage]["chat"].get("tasks", {}).get(name, {}).get("constant", 0.0))
+        least = chance if 0.01 < chance < 1 else 0.0             # that says nothing about what it knows
+        known = (share - least) / (1 - least)                    # 0 = guesses, 1 = knows
+        verdict = "no better than guessing" if least and share - 2 * error <= least else \
+            next(word for bound, word in VERDICTS if known >= bound)
         rows.append((name, verdict, f"{right:,} of {total:,}", f"{100 * share:.1f} % ± {100 * error:.1f}",
-                     f"{100 * chance:.0f} %" if chance else "", TITLES[stage].lower()))
+                     f"{100 * chance:.0f} %" if chance > 0.01 else "", TITLES[stage].lower()))
     skipped = [f"{name}: skipped, {task['skipped']}." for run in runs.values()
                for name, task in run["chat"].get("tasks", {}).items() if "skipped" in task]
     if not rows and not skipped:
         return []
     return ["## What it can and can't do",
             "Measured on held-out questions; ± is one standard error. Right for 90 % is a yes, for 60 % mostly, for 20 % "
-            "sometimes, for 2 % rarely; of a multiple choice the part is counted that guessing does not explain.",
+            "sometimes, for 2 % rarely; the part is counted that guessing does not explain. Guessing: what chance has "
+            "right in a multiple choice, or one answer given to all where that is more (100 %: all have the same).",
             table(rows, ("", "", "right", "share", "guessing", "after")), *dict.fromkeys(skipped)]
 
 

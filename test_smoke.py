@@ -44,6 +44,9 @@ def test_every_stage_from_text_to_chat(tmp_path):
     for words in ("Pretraining", "Mid-training", "Fine-tuning", "bits per byte", "says its name"):
         assert words in report
 
+    tested = json.loads((tmp_path / "chatsft_checkpoints/d2/chat_eval.json").read_text())["tasks"]
+    assert tested["says its name"]["constant"] == 1 and tested["spells a word"]["constant"] == 0.5, "of two problems"
+
     # the same commands again: all is skipped, nothing is written
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
     for argv in (STAGES[1], *STAGES[3:6]):

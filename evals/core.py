@@ -13,13 +13,11 @@ language_modeling one continuation: right where every token of it is the model's
 The texts, the order of the items and the examples drawn for each are those of the original
 nanochat, so a whole evaluation compares with its numbers. Three differences: it draws from the
 rows that max_per_task leaves, here a cap leaves the prompts as they are; it takes the first of
-equal choices, here see choose; it reads more than the model's context, here make_item cuts.
+equal choices, here see metrics.choose; it reads more than the model's context, here make_item cuts.
 """
 import ast
 import csv
-import hashlib
 import json
-import math
 import os
 import random
 import shutil
@@ -33,6 +31,7 @@ import torch
 from plumbing.common import RANK, WORLD_SIZE, base_path
 from plumbing.download import download, locked
 from engine import KVCache
+from evals.metrics import choose, ticket_of
 from plumbing.machine import barrier, sum_over_ranks
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -40,7 +39,6 @@ REMEDY = f"remove {base_path('eval_bundle')} to fetch the bundle anew"
 GPT2 = dict(small="openai-community-gpt2.csv", medium="openai-community-gpt2-medium.csv",
             large="openai-community-gpt2-large.csv", xl="openai-community-gpt2-xl.csv")
 ORDER_SEED, SHOTS_SEED = 1337, 1234  # the original's: of the items' order; of item i's shots, + i
-TIE = 1e-4                     # nats: choices whose mean losses are this close count as equal
 CHUNK = 512                    # items rendered at a time: 2 million tokens as Python lists, 80 MB
 TOKENS_GPU, TOKENS_CPU = 2 ** 14, 2 ** 12  # read in one pass; a GPU holds 2 GB for them at depth 20
 
@@ -246,11 +244,6 @@ def common_length(lists):
     return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
 
 
-def ticket_of(texts):
-    """A large number that depends on the texts of an item alone."""
-    return int.from_bytes(hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).digest()[:8], "big")
-
-
 def make_item(task, row, texts, prompts, context):
     """
     Find what is scored in the texts, whose token ids are the prompts, and cut them to the context.
@@ -342,18 +335,6 @@ def read(model, items):
     losses, hits = losses.cpu().double().split(sizes), (best.cpu() == y[y >= 0]).split(sizes)
     scores = iter([(loss.mean().item(), hit.all().item()) for loss, hit in zip(losses, hits)])
     return [[next(scores) for _ in item.prompts] for item in items]
-
-
-def choose(losses, ticket):
-    """
-    The choice of the lowest loss; among equal ones (within TIE) the item's ticket decides.
-
-    So a model that sees no difference between the choices scores what guessing does. Taking the
-    first would give it the share of items whose first choice happens to be right.
-    """
-    assert all(map(math.isfinite, losses)), f"losses {losses}: the model computes no numbers"
-    equal = [i for i, loss in enumerate(losses) if loss <= min(losses) + TIE]
-    return equal[ticket % len(equal)]
 
 
 def is_right(task, item, scores):

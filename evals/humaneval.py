@@ -27,13 +27,13 @@ def humaneval_row(row):
     """
     The conversation of a problem, and what its check needs.
 
+    The user's message is the prompt alone, as in the original nanochat, with whose scores ours are compared.
     given: what stands above the function: imports, and in a few problems another function that
         the tests call as well; an answer need not repeat it
     """
     given, _, _ = row["prompt"].partition(f"def {row['entry_point']}(")
-    question = f"Complete this Python function:\n\n```python\n{row['prompt'].strip()}\n```"
     solution = f"{row['prompt']}{row['canonical_solution']}".strip()
-    return {"messages": [{"role": "user", "content": question},
+    return {"messages": [{"role": "user", "content": row["prompt"]},
                          {"role": "assistant", "content": f"```python\n{solution}\n```"}],
             "kind": "program", "given": given, "test": row["test"],
             "entry_point": row["entry_point"]}

@@ -4,7 +4,9 @@ How good a model is: bits per byte of text, loss on answers, and right answers t
 Everything is passed in; nothing here opens a file. With several ranks each takes its share of
 the rows and the sums are added up.
 """
+import hashlib
 import math
+from collections import Counter
 
 import torch
 
@@ -16,6 +18,8 @@ from plumbing.machine import sum_over_ranks
 PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be",
            "The opposite of hot is", "The planets of the solar system are:", "My favorite color is",
            "If 5*x + 3 = 13, then x is"]
+GUESSING = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}   # share that chance has right; 0 for all others
+TIE = 1e-4                     # nats: choices whose (mean) losses are this close count as equal
 
 
 def to_device(array, device):
@@ -100,7 +104,8 @@ def evaluate_letters(model, tokenizer, task, max_problems, batch_size):
     """
     Multiple choice: the letter with the highest logit after the question -> (right ones, problems).
 
-    Rows of a batch are filled up at the right, where a causal model does not see it.
+    Rows of a batch are filled up at the right, where a causal model does not see it. Equal letters,
+    which numbers of 16 bits make common, are decided as equal choices of CORE are: see choose.
     """
     right = total = 0
     numbers = range(RANK, min(max_problems or len(task), len(task)), WORLD_SIZE)
@@ -114,9 +119,21 @@ def evaluate_letters(model, tokenizer, task, max_problems, batch_size):
         logits = model(idx.to(model.device), positions=(lengths - 1).to(model.device))     # (B, V)
         for problem, row in zip(problems, logits):
             ids = [one_token(tokenizer, letter) for letter in problem["letters"]]
-            right += problem["letters"][row[ids].argmax().item()] == problem["answer"]
+            choice = choose((-row[ids]).tolist(), ticket_of([problem["messages"][-2]["content"]]))
+            right += problem["letters"][choice] == problem["answer"]
             total += 1
     return tuple(int(n) for n in sum_over_ranks([right, total], model.device))
+
+
+def constant_share(problems):
+    """
+    The share of some problems that one and the same answer to all of them would have right.
+
+    Of the counts of a letter two thirds are 1: what a model gets there means something only beside this number.
+    0 where right is what passes, and no answer is given, as for programs.
+    """
+    answers = [problem.get("answer") for problem in problems]
+    return Counter(answers).most_common(1)[0][1] / len(answers) if None not in answers else 0.0
 
 
 def crop(ids, length):
@@ -124,7 +141,25 @@ def crop(ids, length):
     return ids if len(ids) <= length else [ids[0], *ids[len(ids) - length + 1:]]
 
 
+def choose(losses, ticket):
+    """
+    The choice of the lowest loss; among equal ones (within TIE) the item's ticket decides.
+
+    So a model that sees no difference between the choices scores what guessing does. Taking the
+    first would give it the share of items whose first choice happens to be right.
+    """
+    assert all(map(math.isfinite, losses)), f"losses {losses}: the model computes no numbers"
+    equal = [i for i, loss in enumerate(losses) if loss <= min(losses) + TIE]
+    return equal[ticket % len(equal)]
+
+
+def ticket_of(texts):
+    """A large number that depends on the texts of an item alone."""
+    return int.from_bytes(hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).digest()[:8], "big")
+
+
 def one_token(tokenizer, letter):
+    """The token of a reply that is this letter: first behind a special token, where nothing can join it."""
     ids = tokenizer.encode(letter)
     if len(ids) != 1:
         raise SystemExit(f"the choice {letter!r} is {len(ids)} tokens in this vocabulary, and can't be compared by one "

@@ -7,16 +7,18 @@ out   the result as a short text, or None for everything that is not plain arith
 A model's words are never run. A regular expression first lets only numbers, operators,
 parentheses, strings and .count( through; then the syntax tree is walked, and a node that is not
 on the list ends it. All sizes are bounded, so there is nothing to time out: no eval, no signals,
-safe in any thread.
+safe in any thread. It counts in fractions, without an error: 100/3*3 is 100.
 """
 import ast
-import math
 import operator
 import re
+from decimal import Context, Decimal, Inexact
+from fractions import Fraction
 
 MAX_CHARS = 256              # the longest calculation in GSM8K's answers has 29
 MAX_DEPTH = 20               # nested parentheses and signs
-MAX_ABS = 1e15               # of every number on the way; below it a float still counts whole ones
+MAX_ABS = 10**15             # of every number on the way; nor may it be closer to 0 than 1 / MAX_ABS
+EXACT = Context(prec=20, traps=[Inexact])    # significant digits of a result that is written as it is
 
 # What a calculation may consist of. A comma is read only inside a number (1,000) and a string.
 PIECE = re.compile(r"""
@@ -39,9 +41,9 @@ def calculate(expression):
     if source is None:
         return None
     try:
-        return write(value_of(ast.parse(source, mode="eval").body, MAX_DEPTH))
+        return write(value_of(ast.parse(source, mode="eval").body, MAX_DEPTH, source.encode()))
     except (ValueError, ArithmeticError, SyntaxError, RecursionError, MemoryError):
-        return None          # half an expression, a division by zero, too large, too deep
+        return None          # half an expression, a division by zero, too large or small, too deep
 
 
 def read(expression):
@@ -66,25 +68,29 @@ def read(expression):
     return "".join(source)
 
 
-def value_of(node, depth):
-    """The number a node of the syntax tree stands for; ValueError for a node not on the list."""
+def value_of(node, depth, source):
+    """
+    The Fraction a node of the syntax tree stands for; ValueError for a node not on the list.
+
+    source: bytes, what was parsed; Python would make a rounded float of a literal like 0.1
+    """
     if depth == 0:
         raise ValueError("nested too deep")
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value = node.value
+        value = Fraction(source[node.col_offset:node.end_col_offset].decode())
     elif isinstance(node, ast.BinOp) and type(node.op) in BINARY:
         # a chain 1+2+3+... leans to the left and is as deep as it is long; only the right side
         # and parentheses cost depth there, MAX_CHARS bounds the rest
-        value = BINARY[type(node.op)](value_of(node.left, depth), value_of(node.right, depth - 1))
+        value = BINARY[type(node.op)](value_of(node.left, depth, source), value_of(node.right, depth - 1, source))
     elif isinstance(node, ast.UnaryOp) and type(node.op) in UNARY:
-        value = UNARY[type(node.op)](value_of(node.operand, depth - 1))
+        value = UNARY[type(node.op)](value_of(node.operand, depth - 1, source))
     elif is_count(node):
         value = node.func.value.value.count(node.args[0].value)
     else:
         raise ValueError("not arithmetic")
-    if not abs(value) <= MAX_ABS:                    # written so that nan fails as well
-        raise ValueError("too large")
-    return value
+    if value and not 1 <= abs(value) * MAX_ABS <= MAX_ABS**2:
+        raise ValueError("too large or too small")
+    return Fraction(value)                           # // and count give an int, and int / int would be a float
 
 
 def is_count(node):
@@ -98,8 +104,16 @@ def is_count(node):
 
 
 def write(value):
-    """A number as people write it: 10.0 -> "10", 0.1 + 0.2 -> "0.3", never an exponent."""
-    if math.isclose(value, round(value), rel_tol=1e-12, abs_tol=1e-12):
-        return str(round(value))
-    digits = max(0, 10 - len(str(int(abs(value)))))  # ten digits in all: past them is float noise
-    return f"{value:.{digits}f}".rstrip("0").rstrip(".")
+    """
+    A Fraction as people write it: 10 -> "10", 3/10 -> "0.3", never with an exponent.
+
+    Exact where 20 significant digits are enough. What has more, or no end, is rounded to ten digits or to a whole
+    number, whichever is more; the 0 before a point counts as a digit: 1/3 -> "0.333333333".
+    """
+    top, bottom = Decimal(value.numerator), Decimal(value.denominator)
+    try:
+        number = EXACT.divide(top, bottom)
+    except Inexact:
+        digits = max(10, len(str(abs(int(value))))) if abs(value) >= 1 else 9
+        number = Context(prec=digits).divide(top, bottom)
+    return f"{number.normalize():f}"

@@ -230,13 +230,14 @@ def multiple_choice(question, choices, right):
     A question with lettered choices, answered by the letter alone.
 
     right: index of the right choice
-    The letter stands after its choice, where the model has read what it stands for, and begins a
-    line, where it is the very token that the answer is ("A"; after a space it would be " A").
+    Word for word the original nanochat's prompt: published weights were trained on it. A small
+    model binds a letter better that stands after its choice, and one without a space before it:
+    "A" is the token of the answer, " A" is another one.
     """
     letters = list("ABCDEFGHIJ"[:len(choices)])
-    lines = "".join(f"- {choice}\n{letter}\n" for choice, letter in zip(choices, letters))
-    question = f"{question}\n\n{lines}\nAnswer with the letter only."
-    return {"messages": [{"role": "user", "content": question},
+    lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters))
+    prompt = f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+    return {"messages": [{"role": "user", "content": prompt},
                          {"role": "assistant", "content": letters[right]}],
             "kind": "letter", "answer": letters[right], "letters": letters}
 
@@ -328,7 +329,7 @@ def simple_spelling(size, split, pseudo=0.0, pieces=()):
 
 def spelling_bee(size, split, varied=True):
     """
-    How many 'r' are in 'strawberry'? -> counted by hand, checked with Python, then the number.
+    How many 'r' are in 'strawberry'? -> counted by hand, checked with Python, then "#### 3".
 
     varied: many wordings and quotes; False = the plain one, for a model too small for more
     """
@@ -370,18 +371,14 @@ def check(conversation, answer):
     """
     Whether a generated answer is right. answer: the assistant's text, calculator calls included.
 
-    exact        the whole text, up to white space around it (spelling)
-    last_number  the last number in the text (counting)
-    number       the number after "####" (GSM8K): "1,000" is "1000" is "1000.0"
-    letter       the first letter or word is the right choice: "B", "B.", "(B) because"
-    identity     the model's name stands in the text
+    exact     the whole text, up to white space around it (spelling)
+    number    the number after "####" (GSM8K, counting): "1,000" is "1000" is "1000.0"
+    letter    the first letter or word is the right choice: "B", "B.", "(B) because"
+    identity  the model's name stands in the text
     """
     kind, right = conversation.get("kind"), conversation.get("answer")
     if kind == "exact":
         return answer.strip() == right
-    if kind == "last_number":
-        found = re.findall(NUMBER, answer)
-        return bool(found) and as_number(found[-1]) == as_number(right)
     if kind == "number":
         found = re.search(rf"####\s*\$?\s*({NUMBER})", answer)
         return bool(found) and as_number(found[1]) == as_number(right)

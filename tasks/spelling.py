@@ -106,7 +106,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 def counting_row(i, split, varied):
     """
-    How many 'r' are in 'strawberry'? -> counted by hand, checked with Python, then the number.
+    How many 'r' are in 'strawberry'? -> counted by hand, checked with Python, then "#### 3".
 
     varied: many wordings and quotes; False = the plain one only
     """
@@ -125,8 +125,8 @@ def counting_row(i, split, varied):
         {"type": "text", "text": f"{'-'.join(word)}\n\n{lines}\nBy hand: {count}. With Python: "},
         {"type": "python", "text": f"'{word}'.count('{letter}')"},
         {"type": "python_output", "text": str(count)},
-        {"type": "text", "text": f"\n\nThe letter '{letter}' is in '{word}' {count} {times}."},
+        {"type": "text", "text": f"\n\nThe letter '{letter}' is in '{word}' {count} {times}.\n#### {count}"},
     ]
     return {"messages": [{"role": "user", "content": question},
                          {"role": "assistant", "content": parts}],
-            "kind": "last_number", "answer": str(count), "word": word}
+            "kind": "number", "answer": str(count), "word": word}

@@ -25,6 +25,7 @@ from evals import core
 from plumbing import download as download_module
 from conftest import ROOT
 from evals.core import LM, MC, SCHEMA, TASKS, Task
+from evals.metrics import TIE, choose, ticket_of
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 
@@ -250,12 +251,12 @@ def test_long_prompts_lose_their_beginning_and_all_choices_the_same_of_it():
 
 
 def test_ties_go_to_all_choices_alike():
-    picks = [core.choose([1.0] * 4, core.ticket_of([f"text {n}"])) for n in range(2000)]
+    picks = [choose([1.0] * 4, ticket_of([f"text {n}"])) for n in range(2000)]
     assert all(abs(picks.count(c) - 500) < 4 * math.sqrt(2000 * 0.25 * 0.75) for c in range(4))
-    assert [core.choose([2.0, 1.0, 1.0 + core.TIE / 2, 1.0 + 2 * core.TIE], ticket) for ticket in range(4)] == [1, 2, 1, 2]
-    assert core.choose([3.0, 2.0, 1.0], 12345) == 2
+    assert [choose([2.0, 1.0, 1.0 + TIE / 2, 1.0 + 2 * TIE], ticket) for ticket in range(4)] == [1, 2, 1, 2]
+    assert choose([3.0, 2.0, 1.0], 12345) == 2
     with pytest.raises(AssertionError, match="no numbers"):
-        core.choose([1.0, math.nan], 0)
+        choose([1.0, math.nan], 0)
 
 
 def test_choosing_a_text_that_reads_like_the_right_one_is_right():
@@ -493,7 +494,7 @@ def test_guessing_scores_one_over_the_choices_on_the_real_bundle(real, picker):
         rows, right, chance = core.read_rows(real, task), 0, []
         for i, row in enumerate(rows if task.kind != LM else []):
             texts = core.render(task, row, core.draw_shots(rows, i, task.shots))
-            item = core.Item(texts, [], 0, row["gold"], core.ticket_of(texts))
+            item = core.Item(texts, [], 0, row["gold"], ticket_of(texts))
             right += core.is_right(task, item, [(0.0 if picker == "ties" else rng.random(), False) for _ in texts])
             chance.append(sum(text == texts[row["gold"]] for text in texts) / len(texts))
         error = math.sqrt(sum(p * (1 - p) for p in chance))

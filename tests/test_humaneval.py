@@ -28,7 +28,7 @@ CONVERSATION = humaneval.humaneval_row(ROW)
 
 def test_a_row_is_a_question_and_an_answer():
     question, answer = (message["content"] for message in CONVERSATION["messages"])
-    assert "Complete" in question and "def halves(xs" in question and "return [half" not in question
+    assert question == ROW["prompt"], "published weights know it so"
     assert answer.count("```") == 2 and "return [half(x) for x in xs]\n```" in answer
     assert CONVERSATION["given"].startswith("from typing") and "def half(x)" in CONVERSATION["given"]
     assert "def halves" not in CONVERSATION["given"]

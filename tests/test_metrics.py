@@ -6,9 +6,9 @@ import torch
 
 from data import TokenStream, write_token_file
 from engine import Engine
-from evals.metrics import crop, evaluate_bpb, evaluate_loss, evaluate_task
+from evals.metrics import choose, constant_share, crop, evaluate_bpb, evaluate_loss, evaluate_task, ticket_of
 from model import GPT, GPTConfig
-from tasks import check
+from tasks import check, spelling_bee
 from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
@@ -34,6 +34,23 @@ def test_the_letter_with_the_highest_logit_is_the_answer():
     task = [question(f"Which? {n}", list("ABCD"), right) for n, right in enumerate("CABCC")]
     assert evaluate_task(Engine(net, TOKENIZER), task, check, batch_size=2) == (3, 5)
     assert evaluate_task(Engine(net, TOKENIZER), task, check, max_problems=2) == (1, 2)
+
+
+def test_a_model_that_sees_no_difference_scores_what_guessing_does():
+    net = model()                                        # the head of a new model is zero: all letters are equal
+    task = [question(f"Which? {n}", list("ABCD"), "A") for n in range(400)]
+    right, _ = evaluate_task(Engine(net, TOKENIZER), task, check, batch_size=100)
+    assert 70 < right < 130, "not all of them to the first letter, whose turn it happens to be"
+    assert right == sum(choose([0.0] * 4, ticket_of([f"Which? {n}"])) == 0 for n in range(400))
+
+
+def test_what_one_answer_to_all_would_get():
+    assert constant_share([question("", list("ABCD"), right) for right in "CABCC"]) == 0.6
+    assert constant_share([{"kind": "program"}] * 3) == 0
+    bee = spelling_bee(256, "test")
+    assert 0.5 < constant_share(bee) < 0.8, "two thirds of the letters asked for are in the word once"
+    assert constant_share(bee) == sum(check(row, "#### 1") for row in bee) / 256
+    assert not any(check(row, "1") for row in bee)
 
 
 def test_a_question_longer_than_the_context_is_cropped_from_the_left():

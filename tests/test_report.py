@@ -55,11 +55,15 @@ def log(stage):
 
 
 def chat_eval(stage, step=40):
-    def task(right, total):
-        return dict(right=right, total=total, accuracy=right / total, stderr=0.01)
+    def task(right, total, **more):
+        return dict(right=right, total=total, accuracy=right / total, stderr=0.01, **more)
     return dict(step=step, checkpoint=sha(stage, step), seconds=60.0, chatcore=0.11, chatcore5=0.05,
                 sandbox=["rlimits"], tasks={"ARC-Easy": task(300, 1000), "MMLU": task(252, 1000),
-                                            "HumanEval": {"skipped": "no sandbox here"}, "spells a word": task(150, 200)})
+                                            "HumanEval": {"skipped": "no sandbox here"},
+                                            "spells a word": task(150, 200, constant=0.005),
+                                            "SpellingBee": task(170, 256, constant=0.648),
+                                            "counts a letter": task(95, 100, constant=0.6),
+                                            "ARC-Challenge": task(400, 1000, constant=0.27)})
 
 
 @pytest.fixture
@@ -103,7 +107,10 @@ def test_a_finished_run(run, monkeypatch):
                  "| GSM8K |  | - (0.0250) | - (0.0455) |",
                  "| ChatCORE, five tasks |  | - (0.0730) | 0.0500 (0.0884) |",
                  "| says its name | yes | 18 of 18 | 100.0 % ± 5.1 |",
-                 "| spells a word | mostly | 150 of 200 | 75.0 % ± 3.1 |",
+                 "| spells a word | mostly | 150 of 200 | 75.0 % ± 3.1 |  |",
+                 "| SpellingBee | no better than guessing | 170 of 256 | 66.4 % ± 3.0 | 65 % |",
+                 "| counts a letter | mostly | 95 of 100 | 95.0 % ± 2.4 | 60 % |",
+                 "| ARC-Challenge | rarely | 400 of 1,000 | 40.0 % ± 1.5 | 27 % |",
                  "| MMLU | no better than guessing | 252 of 1,000 | 25.2 % ± 1.4 | 25 % |",
                  "HumanEval: skipped, no sandbox here.", "Gold is |  a[31m|\\n'''metal",
                  "(on at most 100 items of a task); GPT-2: small 0.1139.", "| copa | 0.6000 | 0.2000 | 100 |",

@@ -136,10 +136,18 @@ def test_spelling_and_counting_rows():
             by_hand = row["messages"][-1]["content"][0]["text"]
             assert by_hand.startswith("-".join(row["word"]))
             assert f"{row['word'][-1]} {row['answer']}\n" in by_hand
+            assert tasks.reference_answer(row).endswith(f"\n#### {row['answer']}")
         wanted = re.compile("How many '[a-z]' are in '[a-z]+'[?]")
         plain = sum(bool(wanted.fullmatch(question(row))) for row in rows)
         assert 5 < plain < 50 if varied else plain == 500
     assert {row["answer"] for row in rows} >= {"0", "1", "2"}
+
+
+def test_a_count_is_right_in_its_form_alone():
+    row = next(row for row in tasks.spelling_bee(100, "test") if row["answer"] == "3")
+    assert tasks.check(row, tasks.reference_answer(row)) and tasks.check(row, "#### 3")
+    for answer in ("3", "3 out of 10 letters", "3 (at 1, 4, 8)", "count-3", "It is there 3 times.", "#### 1, or rather 3"):
+        assert not tasks.check(row, answer), answer
 
 
 @pytest.mark.parametrize("me", [ME, dict(name="Zoë 2.0", maker="", facts=""),
@@ -166,7 +174,8 @@ def test_gsm8k_annotations_become_calls():
 def test_multiple_choice_rows():
     row = tasks.arc_row({"question": "Which?", "answerKey": "2",
                          "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}})
-    assert question(row) == "Which?\n\n- x\nA\n- y\nB\n- z\nC\n\nAnswer with the letter only."
+    assert question(row) == ("Multiple Choice question: Which?\n- x=A\n- y=B\n- z=C\n\n"
+                             "Respond only with the letter of the correct answer."), "published weights know this text"
     assert row["messages"][1]["content"] == row["answer"] == "B"
     assert row["letters"] == ["A", "B", "C"]
     assert tasks.mmlu_row({"question": "?", "choices": list("wxyz"), "answer": 3})["answer"] == "D"
@@ -178,8 +187,7 @@ def test_multiple_choice_rows():
 @pytest.mark.parametrize("kind, right, answer, verdict", [
     ("exact", "a-b", "a-b", True), ("exact", "a-b", " a-b\n", True),
     ("exact", "a-b", "a-b-b", False), ("exact", "a-b", "", False),
-    ("last_number", "3", "a 1\nb 2\nis there 3 times.", True),
-    ("last_number", "3", "3 of 10", False), ("last_number", "3", "three", False),
+    ("number", "3", "a 1\nb 2\nis there 3 times.\n#### 3", True),
     ("number", "1000", "so\n#### 1,000", True), ("number", "1,000", "#### 1000.0", True),
     ("number", "18", "#### $18.00.", True), ("number", "-5", "#### -5", True),
     ("number", "0.5", "#### .5", True), ("number", "5", "#### 5 apples", True),
