@@ -107,11 +107,7 @@ impl Feeder {
     /// Hands the batch over, and waits while the counting threads are too far behind.
     fn flush(&mut self, py: Python) -> PyResult<()> {
         let mut batch = std::mem::replace(&mut self.batch, self.pool.batch());
-        while let Err(refused) = self.pool.try_send(batch) {
-            if self.pool.failed() {
-                let reason = self.pool.finish().err();
-                return Err(value_error(reason.unwrap_or_else(|| "counting ended early".to_string())));
-            }
+        while let Some(refused) = self.pool.try_send(batch).map_err(value_error)? {
             batch = refused;
             self.nap(py)?;
         }
@@ -131,7 +127,7 @@ impl Feeder {
         while !self.pool.is_done() {
             self.nap(py)?;
         }
-        let counter = py.detach(|| self.pool.finish()).map_err(value_error)?;
+        let counter = self.pool.finish().map_err(value_error)?;
         self.reporter.report_counting(py, true)?;
         Ok((counter, self.reporter))
     }
