@@ -117,10 +117,9 @@ def tokenize_shard(path, tokenizer):
     """Make the token file of a shard unless it is there: <|bos|>, then the text, per document."""
     out = token_path(path, tokenizer)
     if not is_fresh(out):
-        encoder = tokenizer.rust_encoder()
         with atomic_write(out) as f:
             for texts in read_batches(path):
-                ids, _ = encoder.batch_encode(texts, prepend=tokenizer.bos)
+                ids, _ = tokenizer.core.batch_encode(texts, prepend=tokenizer.bos)
                 assert ids.dtype == np.uint16, f"{path}: a token does not fit uint16"
                 f.write(ids)                      # <|bos|> and the ids of text after text, in a row
     return out

@@ -15,10 +15,13 @@ from plumbing.common import base_path, duration
 from plumbing.configurator import configure
 
 vocab_size = 65536             # tokens, the 9 specials included; at most 65,536
-max_chars = 2_000_000_000      # characters of text to learn from; less when the shards end before
-doc_cap = 10_000               # characters taken of one document: no long one weighs too much
+max_chars = 2_000_000_000      # characters of text to learn from, or all there are if fewer; 0 = all
+doc_cap = 10_000               # characters taken of one document: no long one weighs too much; 0 = all
 num_shards = 0                 # learn from shards 0 ... n-1, those to come too; 0 = all here now
 config = configure(globals())
+for name in ("max_chars", "doc_cap", "num_shards"):
+    if config[name] < 0:
+        raise SystemExit(f"{name}={config[name]}: must not be negative; 0 = no limit")
 
 # Finished already? Decided by the meta alone, before anything slow is imported.
 folder = base_path("tokenizer")
@@ -41,27 +44,23 @@ if os.path.exists(meta_path):
 from data import VAL_SHARD, read_texts, shard_path, train_shards, wait_for_shard  # noqa: E402
 from tokenizer import train_tokenizer  # noqa: E402
 
-seen = dict(chars=0, documents=0, shards=0)
+used = []
 
 
-def texts():
-    """The documents, capped, until max_chars; waits for the shard it needs and takes no other."""
+def arriving():
+    """The shards one by one, as they are needed; waits for one that is not here yet."""
     for path in paths:
         wait_for_shard(path)
-        seen["shards"] += 1
-        for text in read_texts(path):
-            text = text[:min(doc_cap, max_chars - seen["chars"])]
-            seen["chars"] += len(text)
-            seen["documents"] += 1
-            yield text
-            if seen["chars"] >= max_chars:
-                return
+        used.append(path)
+        yield path
 
 
 paths = train_shards(num_shards)
 wait_for_shard(shard_path(VAL_SHARD))              # needed below; better to miss it now
 start = time.time()
-tokenizer = train_tokenizer(texts(), vocab_size)
+tokenizer, documents, chars = train_tokenizer(arriving(), vocab_size, max_chars, doc_cap,
+                                              progress=lambda line: print(line, flush=True))
+seen = dict(chars=chars, documents=documents, shards=len(used))
 seconds = time.time() - start
 print(f"learned {tokenizer.vocab_size:,} tokens in {duration(seconds)} from "
       f"{seen['chars']:,} characters, {seen['documents']:,} documents, {seen['shards']} shards")

@@ -5,18 +5,16 @@ in    the folder that tok_train.py writes: vocab.tiktoken, token_bytes.npy, meta
 out   Tokenizer: encode, decode, bytes per token, render_conversation
 
 Byte-level BPE: the first 256 tokens are the bytes, every later one glues two earlier tokens
-together. Our Rust crate learns the merges; tiktoken applies them. Plain data files, no pickle:
-a tokenizer from a stranger cannot run code.
+together. Our Rust crate learns the merges and applies them. Plain data files, no pickle: a
+tokenizer from a stranger cannot run code.
 """
 import base64
 import hashlib
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import tiktoken
 
 from plumbing.common import atomic_write, base_path
 
@@ -41,7 +39,6 @@ SPLIT_PATTERN = (
 )
 
 MAX_VOCAB_SIZE = 2**16                              # token files store uint16
-LONGEST_GAP = 20_000    # white space in a row; a million characters overflow tiktoken's stack
 
 
 class Tokenizer:
@@ -58,44 +55,21 @@ class Tokenizer:
         self.bos = self.special("<|bos|>")
         # the bytes of every id, for decoding; a special decodes to its name
         self.pieces = self.ranks + [name.encode() for name in SPECIAL_TOKENS]
-        self.core = tiktoken.Encoding(
-            "nanochat", pat_str=pattern, special_tokens=self.specials,
-            mergeable_ranks={token: rank for rank, token in enumerate(ranks)})
+        self.core = import_rustbpe().Tokenizer.from_ranks([(token, i) for i, token in enumerate(ranks)], pattern)
+
+    def __reduce__(self):
+        return Tokenizer, (self.ranks, self.pattern)   # for a process of its own: the crate's part is made there
 
     def special(self, name):
         """The id of a special token, such as "<|bos|>"."""
         return self.specials[name]
 
     def encode(self, text):
-        """
-        The ids of ordinary text; works for every str.
-
-        A lone surrogate becomes U+FFFD. White space runs above LONGEST_GAP are cut, which
-        changes nothing but the tokens at the cut.
-        """
-        if len(text) <= LONGEST_GAP:                # nearly every text: no gap to look for
-            return self.core.encode_ordinary(text)
-        ids, start = [], 0
-        for gap in re.finditer(r"\s+", text):
-            while gap.end() - max(start, gap.start()) > LONGEST_GAP:
-                cut = max(start, gap.start()) + LONGEST_GAP
-                ids += self.core.encode_ordinary(text[start:cut])
-                start = cut
-        return ids + self.core.encode_ordinary(text[start:])
-
-    def encode_batch(self, texts):
-        """encode for many texts, on all cores: tiktoken lets go of Python's lock."""
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            return list(pool.map(self.encode, texts))
-
-    def rust_encoder(self):
-        """
-        The same vocabulary in our crate, which encodes whole shards: the ids of encode, much faster.
-
-        measured: 5.3 times tiktoken per CPU second on text it has not seen, 11 times once its
-        memory of chunks is warm, on a two-core Xeon, 2026-11
-        """
-        return import_rustbpe().Tokenizer.from_ranks(list(zip(self.ranks, range(len(self.ranks)))), self.pattern)
+        """The ids of ordinary text; works for every str: a lone surrogate becomes U+FFFD."""
+        try:
+            return self.core.encode(text)
+        except ValueError:                          # half a surrogate pair has no UTF-8 form
+            return self.core.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def decode_bytes(self, ids):
         """The raw bytes of the ids; they may end inside a character."""
@@ -294,10 +268,14 @@ def import_rustbpe():
     return rustbpe
 
 
-def train_tokenizer(texts, vocab_size):
+def train_tokenizer(paths, vocab_size, max_chars=0, doc_cap=0, progress=None):
     """
-    A Tokenizer of vocab_size tokens, specials included, learned from an iterator of str.
+    A Tokenizer of vocab_size tokens, specials included, learned from Parquet files of text.
 
+    paths: iterator of paths; the next one is asked for when the file before has been read
+    max_chars, doc_cap: characters to use in all, and of one document; 0 = no limit
+    progress: called every few seconds with a line
+    returns the tokenizer, and how many documents and characters it was learned from
     raises SystemExit with one line when the text is too small or the size impossible
     """
     smallest = 256 + len(SPECIAL_TOKENS)
@@ -307,10 +285,14 @@ def train_tokenizer(texts, vocab_size):
     trainer = import_rustbpe().Tokenizer()
     num_ranks = vocab_size - len(SPECIAL_TOKENS)
     try:
-        trainer.train_from_iterator(texts, num_ranks, pattern=SPLIT_PATTERN)
-    except ValueError as error:                     # too little text: it says how far it goes
-        raise SystemExit(f"vocab_size={vocab_size} ({len(SPECIAL_TOKENS)} special, {num_ranks} to "
-                         f"learn): {error}") from None
+        documents, chars = trainer.train_from_parquet(paths, num_ranks, max_chars, doc_cap, SPLIT_PATTERN,
+                                                      progress=progress)
+    except ValueError as error:
+        if not hasattr(error, "most_tokens"):
+            raise SystemExit(f"{error}; delete the file and run python data.py again") from None
+        most = error.most_tokens + len(SPECIAL_TOKENS)
+        raise SystemExit(f"vocab_size={vocab_size}: this text gives only {most} tokens, the {len(SPECIAL_TOKENS)} "
+                         f"special ones included; learn from more text or take --vocab_size={most}") from None
     pairs = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
     assert len(pairs) == num_ranks, "rustbpe learned another number of tokens"
-    return Tokenizer([bytes(token) for token, _ in pairs])
+    return Tokenizer([bytes(token) for token, _ in pairs]), documents, chars

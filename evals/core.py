@@ -272,8 +272,7 @@ def make_item(task, row, texts, prompts, context):
 def make_items(task, rows, numbers, tokenizer, context):
     """The items of rows[i] for i in numbers; None for those that don't fit."""
     texts = [render(task, rows[i], draw_shots(rows, i, task.shots)) for i in numbers]
-    ids = iter(tokenizer.encode_batch([text for group in texts for text in group]))
-    return [make_item(task, rows[i], group, [[tokenizer.bos, *next(ids)] for _ in group], context)
+    return [make_item(task, rows[i], group, [[tokenizer.bos, *tokenizer.encode(text)] for text in group], context)
             for i, group in zip(numbers, texts)]
 
 

@@ -7,23 +7,26 @@ out   a Verdict: passed or not, why not, and how long it took
 Every program gets a fresh interpreter: a fork of the trainer would inherit its files, secrets and
 gigabytes of memory. The interpreter has none of the shell's variables, no open files, a process
 group and a clock of its own, and locks itself in before it looks at the program (jail.py). What it
-prints goes to /dev/null. The layers:
+prints goes to /dev/null. It may write files into its working folder, a few MB that are gone when
+it ends. The layers:
 
-namespaces    own network (none), processes (none), and files: the standard library
-rlimits       memory, processor time, open files, nothing written
+namespaces    own network (none), processes (none), and files: the standard library, read only
+rlimits       memory, processor time, open files, size of a file
 no_new_privs  root's powers dropped, and no way to others
 landlock      files again, by the kernel's rules for paths; works in containers too
-seccomp       system calls: no processes, signals, sockets, no changing of files
+seccomp       system calls: no processes, signals, sockets, links, changing of rights
 
 All five are Linux. layers() tries which of them this kernel grants, and what it grants once must
 work every time. Without seccomp, or with neither namespaces nor landlock, nothing is run unless
 the caller says `unsafe`.
 
 What it is for: the mistakes of a model, such as an endless loop, all of the memory or a deleted
-folder. What it is not: a place for strangers' code. Program and judge share an interpreter, so
-one that is written against this very judge can claim to have passed: equal to everything, or
-with the nonce read from its pipe. The list of forbidden calls is finite, the kernel has holes,
-and time can be measured. For strangers take a virtual machine.
+folder. An exit, a print or a crash never passes, for a verdict needs a nonce that is read after
+the program's end. What it is not: a place for strangers' code. Program and judge share an
+interpreter, so a program that sets out to forge its verdict can: it answers as equal to
+everything, or reads the nonce from its pipe, which it finds in the judge's frames. The list of
+forbidden calls is finite, the kernel has holes, and time can be measured. For strangers take a
+virtual machine.
 """
 import contextlib
 import functools
@@ -34,12 +37,15 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from typing import NamedTuple
 
 JAIL = os.path.join(os.path.dirname(os.path.abspath(__file__)), "jail.py")
 LAYERS = ("namespaces", "rlimits", "no_new_privs", "landlock", "seccomp")      # in jail's order
 START_SECONDS = 30           # for the interpreter itself: usually 0.05, more on a busy machine
+DISK = 16 << 20              # bytes of all files that a program may write
+WATCH_SECONDS = 0.05         # between two looks at how much it is, where no file system of its own is the limit
 MAX_VERDICT = 1000           # bytes; ours is below, a program that found the pipe may write more
 
 
@@ -98,39 +104,40 @@ def run_in_jail(source, timeout, memory, active):
     nonce_fd, w = os.pipe()                          # read by the judge, after the program
     os.write(w, nonce)
     os.close(w)
-    request = dict(source=source, layers=active, timeout=timeout, memory=memory,
-                   nonce_fd=nonce_fd)
+    request = dict(source=source, layers=active, timeout=timeout, memory=memory, disk=DISK, nonce_fd=nonce_fd)
+    folder = tempfile.mkdtemp(prefix="nanochat_program_")
     try:
         # -S -s: no site-packages, -B: no .pyc files. Not -I, so that the hash seed is heard: the
         # order of a set must not decide whether an answer is right.
         process = subprocess.Popen(
-            [sys.executable, "-S", "-s", "-B", JAIL], cwd="/", env={"PYTHONHASHSEED": "0"},
+            [sys.executable, "-S", "-s", "-B", JAIL], cwd=folder, env={"PYTHONHASHSEED": "0"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             start_new_session=True, pass_fds=[nonce_fd])
+        try:
+            # BrokenPipeError: it died at once, and has said why or not
+            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+                pipe.write(marshal.dumps(request))   # json would cost 5 ms to import
+            said, seconds = listen(process.stdout.fileno(), timeout, folder)
+        finally:
+            stop(process)
     finally:
         os.close(nonce_fd)
-    try:
-        # BrokenPipeError: it died at once, and has said why or not
-        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
-            pipe.write(marshal.dumps(request))       # json would cost 5 ms to import
-        said, seconds = listen(process.stdout.fileno(), timeout)
-    finally:
-        stop(process)
+        remove(folder)
     ready, _, verdict = said.partition(b"\n")
     if ready != b"ready":
         raise RuntimeError(f"sandbox: {one_line(said) or 'the interpreter did not start'}")
     return Verdict(*settle(verdict, nonce, seconds, timeout), seconds)
 
 
-def listen(fd, timeout):
-    """What comes out of the jail until it ends or its time is up -> (bytes, seconds)."""
+def listen(fd, timeout, folder):
+    """What comes out of the jail until it ends, its time is up or its folder full -> (bytes, seconds)."""
     said, start, deadline = b"", 0.0, time.monotonic() + START_SECONDS
     poll = select.poll()                             # unlike select.select not limited to 1024 fds
     poll.register(fd, select.POLLIN)
-    while len(said) <= MAX_VERDICT:
-        left = deadline - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000):
-            break
+    while len(said) <= MAX_VERDICT and time.monotonic() < deadline and num_bytes(folder) <= DISK:
+        left = max(0, min(WATCH_SECONDS, deadline - time.monotonic()))
+        if not poll.poll(left * 1000):
+            continue
         piece = os.read(fd, 4096)
         if not piece:
             break
@@ -141,6 +148,37 @@ def listen(fd, timeout):
     return said, time.monotonic() - start
 
 
+def num_bytes(folder):
+    """How much is in a folder in which a program is at work; each entry counts as 4 KB and its content."""
+    total, folders = 0, [folder]
+    while folders:
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:     # gone meanwhile
+            for entry in entries:
+                total += 4096 + entry.stat(follow_symlinks=False).st_size
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+    return total
+
+
+def remove(folder):
+    """Remove a folder, however deep: what an inner one holds is moved up first, so that no path gets too long."""
+    def is_folder(path):
+        return os.path.isdir(path) and not os.path.islink(path)
+
+    while names := os.listdir(folder):
+        for path in (os.path.join(folder, name) for name in names):
+            if not is_folder(path):
+                os.remove(path)
+                continue
+            os.chmod(path, 0o700)                    # a program may have made it without any right
+            for inner in (os.path.join(path, name) for name in os.listdir(path)):
+                if is_folder(inner):
+                    os.chmod(inner, 0o700)
+                os.rename(inner, os.path.join(folder, secrets.token_hex(8)))
+            os.rmdir(path)
+    os.rmdir(folder)
+
+
 def settle(verdict, nonce, seconds, timeout):
     """(passed, reason) from the words after "ready"."""
     if verdict == b"passed " + nonce:
@@ -149,7 +187,7 @@ def settle(verdict, nonce, seconds, timeout):
         return False, "it wrote a verdict of its own"
     if not verdict:
         return False, (f"not done after {timeout:g} s" if seconds >= timeout else
-                       "it left before its end (an exit, a crash or out of memory)")
+                       "it left before its end (an exit, a crash, out of memory or of disk)")
     return False, one_line(verdict)
 
 

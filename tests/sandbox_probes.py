@@ -47,12 +47,59 @@ BENIGN = {
         except ZeroDivisionError: assert "1 / 0" in traceback.format_exc() or traceback.format_exc()
         def numbers(): yield from range(3)
         assert list(numbers()) == [0, 1, 2]""",
+    "it looks at frames": """
+        import inspect, sys
+        sys.settrace(lambda *_: None)
+        try: 1 / 0
+        except ZeroDivisionError as error: assert error.__traceback__.tb_frame.f_back.f_locals
+        assert inspect.stack()[-1].frame.f_locals""",
+    "doctest": """
+        import doctest
+        def double(x):
+            \"\"\"
+            >>> double(2)
+            4
+            \"\"\"
+            return 2 * x
+        assert doctest.testmod() == (0, 1)""",
+    "cProfile": """
+        import cProfile, timeit
+        def double(x): return 2 * x
+        cProfile.run("double(2)")
+        with cProfile.Profile() as profile: double(2)
+        profile.print_stats()
+        assert timeit.timeit("double(2)", "from __main__ import double", number=1) > 0""",
+    "asyncio in debug mode": "import asyncio\nassert asyncio.run(asyncio.sleep(0.01, 7), debug=True) == 7",
     "asyncio": "import asyncio\nassert asyncio.run(asyncio.sleep(0.01, 7)) == 7",
     "output caught by itself": """
         import contextlib, io
         with contextlib.redirect_stdout(io.StringIO()) as out:
             print("hello")
         assert out.getvalue() == "hello\\n" """,
+    "nothing is written to nowhere": """
+        import os, sys
+        with open(os.devnull, "w") as out, open("/dev/null", "ab") as more:
+            print("x" * 100_000_000, file=out)
+        assert open(os.devnull).read() == "" """,
+    "temporary files": """
+        import os, pathlib, tempfile
+        with tempfile.TemporaryFile() as f: f.write(b"x" * 1_000_000)
+        with tempfile.NamedTemporaryFile("w+") as f:
+            print("hello", file=f, flush=True)
+            assert open(f.name).read() == "hello\\n"
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "a", "b")
+            path.mkdir(parents=True)
+            path.joinpath("c").write_text("hello")
+            os.rename(path / "c", path / "d")
+            assert [p.name for p in sorted(pathlib.Path(folder).rglob("*"))] == ["a", "b", "d"]
+        assert not os.path.exists(folder)""",
+    "a file in its own folder is left": """
+        import os
+        assert os.listdir() == []
+        open("notes.txt", "w").write("hello")
+        os.mkdir("folder", 0)
+        assert open("notes.txt").read() == "hello" """,
     "half a second of work": "import time\nend = time.time() + 0.5\nwhile time.time() < end: sum(range(1000))",
     "a daemon thread is left": """
         import threading, time
@@ -134,16 +181,6 @@ FORGED = {                   # claims to have passed; every one of them fails in
             if getattr(f, "__name__", "") == "judge":
                 f("pass", 0, 1)
         os._exit(0)""",
-    "the judge's channel, by its frames": """
-        import os, sys
-        judge = sys._getframe().f_back.f_locals
-        os.write(judge["verdict_fd"], b"passed " + os.read(judge["nonce_fd"], 64))
-        os._exit(0)""",
-    "the judge's frames, by an exception": """
-        try: 1 / 0
-        except ZeroDivisionError as error: error.__traceback__.tb_frame.f_back.f_locals""",
-    "the judge's frames, by the library": "import inspect\ninspect.stack()[-1].frame.f_locals",
-    "the judge's frames, by a trace": "import sys\nsys.settrace(print)",
     "exchanges what the judge calls": """
         import builtins, json, os
         os.write = os.read = lambda *_: b""
@@ -177,6 +214,16 @@ BOMBS = {
     "memory, all at once": "bytearray(1 << 40)",
     "memory, more and more": "x = []\nwhile True: x.append(bytearray(10_000_000))",
     "threads": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()",
+    "a file without an end": "with open('x', 'wb') as f:\n    while True: f.write(bytes(1_000_000))",
+    "files without an end": """
+        import itertools
+        for i in itertools.count(): open(str(i), "wb").write(bytes(1_000_000))""",
+    "folders without an end": """
+        import os
+        while True:
+            os.mkdir("x")
+            os.chdir("x")""",
+    "a file that only says it is large": "open('x', 'wb').truncate(1 << 30)",
     "memory limit raised": """
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (-1, -1))""",
@@ -197,9 +244,11 @@ ESCAPES = {                  # need a layer of the kernel; FOLDER is ours, PAREN
     "writes a file": "open('FOLDER/new', 'w')",
     "writes 1 GB": "f = open('/tmp/bomb', 'wb')\nfor _ in range(1000): f.write(bytes(1_000_000))",
     "writes into shared memory": "open('/dev/shm/new', 'w')",
-    "makes a temporary file": "import tempfile\ntempfile.TemporaryFile()",
+    "makes a file beside its folder": "open('../new', 'w')",
     "appends to a file": "open('FOLDER/secret', 'a')",
     "cuts a file": "import os\nos.truncate('FOLDER/secret', 0)",
+    "cuts a file that it only reads": "import os\nos.open('FOLDER/secret', os.O_RDONLY | os.O_TRUNC)",
+    "cuts a file that it neither reads nor writes": "import os\nos.open('FOLDER/secret', os.O_ACCMODE | os.O_TRUNC)",
     "deletes a file": "import os\nos.remove('FOLDER/secret')",
     "renames a file": "import os\nos.rename('FOLDER/secret', 'FOLDER/new')",
     "makes a folder": "import os\nos.mkdir('FOLDER/new')",
@@ -219,6 +268,15 @@ ESCAPES = {                  # need a layer of the kernel; FOLDER is ours, PAREN
         import ctypes, os
         number = {"x86_64": 234, "aarch64": 131}[os.uname().machine]
         assert ctypes.CDLL(None).syscall(number, PARENT, PARENT, 0) == 0""",
+    "signals to the asker, when a pipe is full": """
+        import fcntl, os
+        fcntl.fcntl(os.pipe()[0], 8, PARENT)        # F_SETOWN""",
+    "signals, by the newer call": """
+        import fcntl, os, struct
+        fcntl.fcntl(os.pipe()[0], 15, struct.pack("ii", 1, PARENT))     # F_SETOWN_EX""",
+    "signals, by way of a socket": """
+        import fcntl, socket, struct
+        fcntl.ioctl(socket.socketpair()[0], 0x8901, struct.pack("i", PARENT))      # FIOSETOWN""",
     "the asker's limits": "import resource\nresource.prlimit(PARENT, resource.RLIMIT_CORE)",
     "the asker's priority": "import os\nos.setpriority(os.PRIO_PROCESS, PARENT, 19)",
     "the asker's processors": "import os\nos.sched_setaffinity(PARENT, {0})",

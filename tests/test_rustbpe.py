@@ -12,6 +12,8 @@ import os
 import random
 import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -209,6 +211,48 @@ def test_parquet_equals_iterator_with_the_same_limits(english, tmp_path):
     assert tokenizer.get_mergeable_ranks() == trained(filter(None, column), 400).get_mergeable_ranks()
 
 
+def test_too_small_a_text_says_how_many_tokens_it_can_give():
+    for documents, most in ([], 256), (["ab", "ab"], 257):
+        with pytest.raises(ValueError) as error:
+            trained(documents, 300)
+        assert error.value.most_tokens == most
+
+
+def test_parquet_asks_for_a_file_when_it_needs_it(tmp_path):
+    pq.write_table(pa.table({"text": ["abc", None, "abd"]}), tmp_path / "a.parquet")
+    asked = []
+
+    def paths():
+        for name in ("a.parquet", "none.parquet"):
+            asked.append(name)
+            yield tmp_path / name
+
+    assert rustbpe.Tokenizer().train_from_parquet(paths(), 257, max_chars=5) == (2, 5)
+    assert asked == ["a.parquet"]
+
+
+# What the process may start: nothing, or one thread beside its own. Root has no limits, so it becomes someone else.
+FEW_THREADS = '''
+import os, resource, sys, numpy, rustbpe
+if os.geteuid() == 0:
+    os.setuid(60123)
+resource.setrlimit(resource.RLIMIT_NPROC, (int(sys.argv[1]),) * 2)
+texts = [f"the cat number {i} sat on the mat " * 100 for i in range(300)]
+tokenizer = rustbpe.Tokenizer()
+tokenizer.train_from_iterator(texts, 300, num_threads=4)
+ids, _ = tokenizer.batch_encode(texts, num_threads=4)
+assert tokenizer.decode(tokenizer.encode("the cat " * 300_000)) == "the cat " * 300_000
+print(tokenizer.decode(ids.tolist()) == "".join(texts), tokenizer.vocab_size)
+'''
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_NPROC counts threads on Linux")
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_refused_thread_is_done_without(most):
+    done = subprocess.run([sys.executable, "-c", FEW_THREADS, str(most)], capture_output=True, text=True)
+    assert done.stdout == "True 300\n", done.stderr
+
+
 def test_progress_is_reported_in_lines():
     lines = []
     trained(["some text to count " * 100] * 10, 260, progress=lines.append)
@@ -253,8 +297,8 @@ def failing_callback(line):
     (lambda t: t.batch_encode(["a", 5]), TypeError, "text 1 is int, not str"),
     (lambda t: t.batch_encode("abc"), TypeError, "list"),
     (lambda t: t.batch_encode(["a"], num_threads=-2), ValueError, "num_threads"),
-    (lambda t: t.decode([259]), ValueError, "id 259"),
-    (lambda t: t.decode([-1]), ValueError, "id -1"),
+    (lambda t: t.decode([259]), ValueError, "unknown token id 259"),
+    (lambda t: t.decode([-1]), ValueError, "unknown token id -1"),
     (lambda t: t.from_ranks([(b"a", 0)]), ValueError, "single byte"),
     (lambda t: t.from_ranks([(b"a", 0), (b"b", 0)]), ValueError, "rank 0 occurs twice"),
     (lambda t: t.from_ranks([(b"a", 7)]), ValueError, "rank 7"),
@@ -315,6 +359,15 @@ def test_ctrl_c_ends_training_within_a_second():
     word = "".join(random.Random(5).choices("abcdefghijklmnopqrstuvwxyz", k=2_000_000))
     assert interrupted_after(0.5, lambda: tokenizer.train_from_iterator([word], 10**6)) < 1
     assert tokenizer.vocab_size == 256
+
+
+def test_ctrl_c_ends_encoding_within_a_second():
+    tokenizer = trained(["ab ab"], 257)
+    run, prose = "ab" * 50_000_000, "".join(random.Random(6).choices("abc ", k=1_000_000)) * 100
+    for text in run, prose:
+        assert interrupted_after(0.1, lambda: tokenizer.encode(text)) < 1
+    assert interrupted_after(0.1, lambda: tokenizer.batch_encode([prose, prose])) < 1
+    assert tokenizer.encode("ab ab") == [256, 32, 256]
 
 
 def test_other_threads_run_and_use_the_tokenizer_during_training(english):

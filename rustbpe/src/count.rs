@@ -2,7 +2,7 @@
 //!
 //! Training needs the text only as a list of distinct chunks with their counts: 20 million chunks
 //! of English are 340 thousand distinct ones. Several workers count at the same time, each into a
-//! table of its own, and the tables are added up at the end. Sums do not depend on who counted
+//! table of its own, and add their tables up at the end. Sums do not depend on who counted
 //! what, so the result is the same for every number of workers and every order of documents.
 //!
 //! The tables are the memory and, after splitting, the time of this phase. So a chunk of at most
@@ -82,6 +82,11 @@ fn mix(a: u64, b: u64) -> u64 {
     (product >> 64) as u64 ^ product as u64
 }
 
+#[cfg(test)]
+thread_local! {
+    static PROBES: std::cell::Cell<usize> = const { std::cell::Cell::new(0) }; // entries looked at by this thread
+}
+
 /// A hash map from `Key` to a number: open addressing with linear probing, at most 3/4 full.
 #[derive(Clone)]
 pub struct Table {
@@ -125,6 +130,8 @@ impl Table {
         let mask = self.entries.len() - 1;
         let mut i = self.home(hash);
         loop {
+            #[cfg(test)]
+            PROBES.set(PROBES.get() + 1);
             let found = self.entries[i & mask].key;
             if found == key || found == Key::default() {
                 return i & mask;
@@ -145,8 +152,8 @@ impl Table {
         let mut i = self.find(key, hash);
         if self.entries[i].key != key {
             // a new key: the fuller the table, the longer the searches
-            if self.used >= self.entries.len() / 4 * 3 {
-                self.grow();
+            if self.used >= Table::most(self.entries.len()) {
+                self.resize(self.entries.len() * 2);
                 i = self.find(key, hash);
             }
             self.used += 1;
@@ -155,11 +162,26 @@ impl Table {
         &mut self.entries[i].value
     }
 
+    /// How many keys may be in so many entries.
+    fn most(num_entries: usize) -> usize {
+        num_entries / 4 * 3
+    }
+
+    /// Makes room for so many more keys.
+    fn reserve(&mut self, more: usize) {
+        let mut num_entries = self.entries.len();
+        while Table::most(num_entries) < self.used + more {
+            num_entries *= 2;
+        }
+        if num_entries > self.entries.len() {
+            self.resize(num_entries);
+        }
+    }
+
     #[inline(never)] // rare; inside the counting loop it would only be in the way
-    fn grow(&mut self) {
-        let twice = vec![Entry::default(); self.entries.len() * 2];
-        let old = std::mem::replace(&mut self.entries, twice);
-        self.shift -= 1;
+    fn resize(&mut self, num_entries: usize) {
+        let old = std::mem::replace(&mut self.entries, vec![Entry::default(); num_entries]);
+        self.shift = 64 - num_entries.trailing_zeros();
         for entry in old.iter().filter(|entry| entry.key != Key::default()) {
             let i = self.find(entry.key, entry.key.hash());
             self.entries[i] = *entry;
@@ -277,7 +299,16 @@ impl Counter {
     }
 
     /// Adds the counts of another counter to these.
-    fn absorb(&mut self, other: Counter) {
+    ///
+    /// Both tables are in the order of the same hash, so the keys of one arrive at the other from its
+    /// beginning to its end. In a table that has yet to grow they would all crowd at the beginning, and
+    /// every search would go through the crowd: room for all of them comes first.
+    fn absorb(&mut self, mut other: Counter) {
+        if self.len() < other.len() {
+            std::mem::swap(self, &mut other); // the smaller one moves
+        }
+        self.short.reserve(other.short.len());
+        self.long.reserve(other.long.len());
         for (key, count) in other.short.iter() {
             *self.short.value(key, key.hash()) += count;
         }
@@ -305,7 +336,8 @@ impl Counter {
 /// that the owner can look for Ctrl-C between two calls. A dropped pool stops its workers.
 pub struct Pool {
     sender: Option<SyncSender<Batch>>,
-    workers: Vec<JoinHandle<Result<Counter, String>>>,
+    workers: Vec<JoinHandle<Result<(), String>>>,
+    here: Option<Counter>, // counts in the owner's thread, where the system refuses all others
     shared: Arc<Shared>,
 }
 
@@ -313,25 +345,38 @@ pub struct Pool {
 struct Shared {
     receiver: Mutex<Receiver<Batch>>,
     counted: Mutex<Vec<Batch>>, // for use again: fresh memory would cost more than the copying
+    total: Mutex<Option<Counter>>, // of workers that have ended
     stop: AtomicBool,
 }
 
+impl Shared {
+    fn use_again(&self, mut batch: Batch) {
+        batch.clear();
+        if let Ok(mut counted) = self.counted.lock() {
+            counted.push(batch);
+        }
+    }
+}
+
+const BROKEN: &str = "a counting thread broke down"; // by a panic, which would be a bug here
+
 impl Pool {
+    /// With fewer threads where the system refuses some, as the limits of a container do.
     pub fn new(splitter: &Splitter, num_threads: usize) -> Pool {
         let (sender, receiver) = sync_channel(2 * num_threads); // one batch in work, two waiting
         let shared = Arc::new(Shared {
             receiver: Mutex::new(receiver),
-            counted: Mutex::new(vec![]),
+            counted: Mutex::default(),
+            total: Mutex::default(),
             stop: AtomicBool::new(false),
         });
-        let workers = (0..num_threads)
-            .map(|_| {
-                let counter = Counter::new(splitter.clone());
-                let shared = Arc::clone(&shared);
-                thread::spawn(move || work(counter, &shared))
-            })
-            .collect();
-        Pool { sender: Some(sender), workers, shared }
+        let worker = |_| {
+            let (counter, shared) = (Counter::new(splitter.clone()), Arc::clone(&shared));
+            thread::Builder::new().spawn(move || work(counter, &shared)).ok()
+        };
+        let workers: Vec<_> = (0..num_threads).map_while(worker).collect();
+        let here = workers.is_empty().then(|| Counter::new(splitter.clone()));
+        Pool { sender: Some(sender), workers, here, shared }
     }
 
     /// An empty batch to be filled.
@@ -339,19 +384,21 @@ impl Pool {
         self.shared.counted.lock().ok().and_then(|mut counted| counted.pop()).unwrap_or_default()
     }
 
-    /// Gives the batch back if the workers have enough to do at the moment, or have failed.
-    pub fn try_send(&self, batch: Batch) -> Result<(), Batch> {
-        match &self.sender {
-            None => Err(batch),
-            Some(sender) => sender.try_send(batch).map_err(|error| match error {
-                TrySendError::Full(batch) | TrySendError::Disconnected(batch) => batch,
-            }),
+    /// Gives the batch back if the workers have enough to do at the moment. An error is one that a
+    /// worker has met.
+    pub fn try_send(&mut self, batch: Batch) -> Result<Option<Batch>, String> {
+        if let Some(counter) = &mut self.here {
+            counter.count(&batch, &self.shared.stop)?;
+            self.shared.use_again(batch);
+            return Ok(None);
         }
-    }
-
-    /// True when a worker has ended although more batches may come: it has met an error.
-    pub fn failed(&self) -> bool {
-        self.workers.iter().any(JoinHandle::is_finished)
+        if self.workers.iter().any(JoinHandle::is_finished) {
+            return Err(self.finish().err().unwrap_or_else(|| "counting ended early".to_string()));
+        }
+        match self.sender.as_ref().map(|sender| sender.try_send(batch)) {
+            Some(Err(TrySendError::Full(batch) | TrySendError::Disconnected(batch))) => Ok(Some(batch)),
+            _ => Ok(None),
+        }
     }
 
     /// Says that no more batches will come.
@@ -359,24 +406,19 @@ impl Pool {
         self.sender = None;
     }
 
-    /// True, some time after `close`, when all batches have been counted.
+    /// True, some time after `close`, when all batches have been counted and all counts added up.
     pub fn is_done(&self) -> bool {
         self.workers.iter().all(JoinHandle::is_finished)
     }
 
-    /// Waits for the workers and adds up their counts.
+    /// Waits for the workers; what they have counted together.
     pub fn finish(&mut self) -> Result<Counter, String> {
         self.close();
-        let mut total: Option<Counter> = None;
         for worker in std::mem::take(&mut self.workers) {
-            // a panic in a worker is a bug here; the caller gets an error all the same
-            let counter = worker.join().map_err(|_| "a counting thread broke down".to_string())??;
-            match &mut total {
-                None => total = Some(counter),
-                Some(total) => total.absorb(counter),
-            }
+            worker.join().map_err(|_| BROKEN)??;
         }
-        total.ok_or_else(|| "no counting thread".to_string())
+        let total = self.shared.total.lock().map_err(|_| BROKEN)?.take();
+        self.here.take().or(total).ok_or_else(|| "nothing was counted".to_string())
     }
 }
 
@@ -386,22 +428,29 @@ impl Drop for Pool {
     }
 }
 
-/// What each worker does: batches, until there are no more.
-fn work(mut counter: Counter, shared: &Shared) -> Result<Counter, String> {
+/// What each worker does: batches, until there are no more, then sums.
+fn work(mut counter: Counter, shared: &Shared) -> Result<(), String> {
     while !shared.stop.load(Ordering::Relaxed) {
         // the lock is held while this worker waits, so the workers queue up for batches
-        let received = match shared.receiver.lock() {
-            Ok(receiver) => receiver.recv(),
-            Err(_) => return Err("a counting thread broke down".to_string()),
-        };
-        let Ok(mut batch) = received else { break }; // the pool is closed and all batches are counted
+        let received = shared.receiver.lock().map_err(|_| BROKEN)?.recv();
+        let Ok(batch) = received else { break }; // the pool is closed and all batches are counted
         counter.count(&batch, &shared.stop)?;
-        batch.clear();
-        if let Ok(mut counted) = shared.counted.lock() {
-            counted.push(batch);
+        shared.use_again(batch);
+    }
+    // Each adds what it finds to its own counts and lays the sum down, so the last one lays down all.
+    loop {
+        let mut total = shared.total.lock().map_err(|_| BROKEN)?;
+        match total.take() {
+            None => {
+                *total = Some(counter);
+                return Ok(());
+            }
+            Some(other) => {
+                drop(total); // others may lay down theirs meanwhile
+                counter.absorb(other);
+            }
         }
     }
-    Ok(counter)
 }
 
 #[cfg(test)]
@@ -435,13 +484,14 @@ mod tests {
     fn any_number_of_threads_counts_the_same() {
         let splitter = Splitter::new(DEFAULT_PATTERN).unwrap();
         let mut expected = None;
-        for num_threads in [1, 2, 5] {
+        for num_threads in [0, 1, 2, 5] {
+            // 0: as if the system had refused them all
             let mut pool = Pool::new(&splitter, num_threads);
             for i in 0..200 {
                 let mut batch = Batch::new();
                 batch.push(&format!("the word{} is number {i} and 日本語 internationalization{}", i % 7, i % 3));
-                while let Err(same) = pool.try_send(batch) {
-                    batch = same;
+                while let Some(refused) = pool.try_send(batch).unwrap() {
+                    batch = refused;
                     thread::yield_now();
                 }
             }
@@ -466,12 +516,33 @@ mod tests {
     }
 
     #[test]
+    fn adding_counters_up_looks_at_few_entries() {
+        let counter_of = |numbers: std::ops::Range<u32>| {
+            let mut counter = Counter::new(Splitter::new(DEFAULT_PATTERN).unwrap());
+            for i in numbers {
+                let key = Key::of_slice(&i.to_le_bytes()).unwrap();
+                *counter.short.value(key, key.hash()) += 1;
+            }
+            counter
+        };
+        // nothing to everything; two alike; two of which each nearly fills its table
+        for (ours, theirs) in [(0..0, 0..80_000), (0..80_000, 0..80_000), (0..80_000, 80_000..160_000)] {
+            let (mut counter, other) = (counter_of(ours.clone()), counter_of(theirs.clone()));
+            PROBES.set(0);
+            counter.absorb(other);
+            assert!(PROBES.get() < 5 * 160_000, "{ours:?} and {theirs:?}: {} entries", PROBES.get());
+            assert_eq!(counter.len(), theirs.end as usize);
+            assert_eq!(counter.short.iter().map(|(_, n)| n as usize).sum::<usize>(), ours.len() + theirs.len());
+        }
+    }
+
+    #[test]
     fn a_failing_pattern_is_an_error_of_the_pool() {
         let splitter = Splitter::new(r"(?=(a+)+$)\w").unwrap();
         let mut pool = Pool::new(&splitter, 1);
         let mut batch = Batch::new();
         batch.push(&("a".repeat(5000) + "!"));
-        assert!(pool.try_send(batch).is_ok());
+        assert!(pool.try_send(batch).unwrap().is_none());
         pool.close();
         // either the engine gives up and says so, or it is fast enough to finish
         if let Err(message) = pool.finish() {

@@ -13,7 +13,10 @@ use crate::count::{FastMap, Key, Table};
 use crate::split::{Batch, Splitter, GROUP};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Mutex;
+use std::thread;
 
 /// A vocabulary and a split pattern. Never changes, so any number of threads can use it at once.
 pub struct Encoder {
@@ -25,6 +28,7 @@ pub struct Encoder {
     short: Table,                  // id of each token of at most 15 bytes
     long: FastMap<Box<[u8]>, u32>, // id of each longer token
     idle: Mutex<Vec<Worker>>,      // workers keep what they remember between calls
+    most_idle: usize,
 }
 
 impl Encoder {
@@ -52,7 +56,8 @@ impl Encoder {
         }
         let pattern = pattern.to_string();
         let idle = Mutex::new(vec![]);
-        Ok(Encoder { pattern, splitter, tokens, bytes, byte_pairs, short, long, idle })
+        let most_idle = thread::available_parallelism().map_or(1, usize::from);
+        Ok(Encoder { pattern, splitter, tokens, bytes, byte_pairs, short, long, idle, most_idle })
     }
 
     /// The tokens that a list of merges makes: 256 bytes, then one token per merge.
@@ -81,14 +86,19 @@ impl Encoder {
         }
     }
 
-    /// Appends the ids of `document` to `ids`.
-    pub fn encode(&self, document: &str, worker: &mut Worker, ids: &mut Vec<u32>) -> Result<(), String> {
+    /// Appends the ids of `document` to `ids`; not all of them if `stop` becomes true.
+    pub fn encode(
+        &self,
+        document: &str,
+        worker: &mut Worker,
+        ids: &mut Vec<u32>,
+        stop: &AtomicBool,
+    ) -> Result<(), String> {
         let Worker { batch, memory, joiner } = worker;
-        batch.clear();
         batch.push(document);
         let text = batch.text();
         let mut keys = [None; GROUP];
-        self.splitter.for_each_group(batch, |spans| {
+        let result = self.splitter.for_each_group(batch, |spans| {
             // first ask for the memories of the whole group, then use them
             for (key, &(start, end)) in keys.iter_mut().zip(spans) {
                 *key = Key::of(text, start, end).map(|key| (key, key.hash()));
@@ -106,21 +116,21 @@ impl Encoder {
                     Some((number, first)) => ids.extend_from_slice(&memory.ids[first as usize..][..number]),
                     None => {
                         let first = ids.len();
-                        self.encode_chunk(text, start, end, joiner, ids);
+                        match self.id_at(text, start, end) {
+                            Some(id) => ids.push(id), // most are a token as a whole
+                            None => joiner.join(self, text, start, end, ids, stop),
+                        }
+                        if stop.load(Ordering::Relaxed) {
+                            return false; // these may not be all ids of the chunk
+                        }
                         memory.remember(&text[start..end], *key, &ids[first..]);
                     }
                 }
             }
-            true
-        })
-    }
-
-    /// Appends the ids of one chunk that is not remembered. Most are a token as a whole.
-    fn encode_chunk(&self, text: &[u8], start: usize, end: usize, joiner: &mut Joiner, ids: &mut Vec<u32>) {
-        match self.id_at(text, start, end) {
-            Some(id) => ids.push(id),
-            None => joiner.join(self, text, start, end, ids),
-        }
+            !stop.load(Ordering::Relaxed)
+        });
+        batch.clear();
+        result
     }
 
     /// The bytes of the tokens `ids`, one after the other.
@@ -129,31 +139,37 @@ impl Encoder {
         for &id in ids {
             match usize::try_from(id).ok().and_then(|id| self.tokens.get(id)) {
                 Some(token) => bytes.extend_from_slice(token),
-                None => return Err(format!("id {id} is not in the vocabulary of {} tokens", self.tokens.len())),
+                None => {
+                    return Err(format!("unknown token id {id}: the vocabulary has {} tokens", self.tokens.len()))
+                }
             }
         }
         Ok(bytes)
     }
 
-    /// Calls `job` with a worker that no other thread is using.
+    /// Calls `job` with a worker that no other thread is using. As many as there are cores are kept.
     pub fn with_worker<R>(&self, job: impl FnOnce(&mut Worker) -> R) -> R {
         let idle = self.idle.lock().map(|mut idle| idle.pop()).unwrap_or_default();
         let mut worker = idle.unwrap_or_default();
         let result = job(&mut worker);
         if let Ok(mut idle) = self.idle.lock() {
-            idle.push(worker);
+            if idle.len() < self.most_idle {
+                idle.push(worker);
+            }
         }
         result
     }
 
     /// The ids of many documents: all ids in a row, and the number of ids of each document.
     /// With `prepend`, every document begins with that id. Each thread encodes documents that
-    /// follow one another, about the same number of bytes.
+    /// follow one another, about the same number of bytes; this one those for which the system
+    /// refuses a thread. Not all ids if `stop` becomes true.
     pub fn encode_batch<D: AsRef<str> + Sync>(
         &self,
         documents: &[D],
         prepend: Option<u32>,
         num_threads: usize,
+        stop: &AtomicBool,
     ) -> Result<Vec<Part>, String> {
         let total: usize = documents.iter().map(|document| document.as_ref().len()).sum();
         // one group of documents per thread; below 64 kB a thread would cost more than it saves
@@ -173,7 +189,7 @@ impl Encoder {
                 for document in group {
                     let first = part.ids.len();
                     part.ids.extend(prepend);
-                    self.encode(document.as_ref(), worker, &mut part.ids)?;
+                    self.encode(document.as_ref(), worker, &mut part.ids, stop)?;
                     part.lengths.push(part.ids.len() - first);
                 }
                 Ok(part)
@@ -182,10 +198,16 @@ impl Encoder {
         if groups.len() < 2 {
             return groups.into_iter().map(encode_group).collect();
         }
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = groups.iter().map(|group| scope.spawn(|| encode_group(group))).collect();
+        thread::scope(|scope| {
+            let encode_group = &encode_group;
+            let start = |group| (group, thread::Builder::new().spawn_scoped(scope, move || encode_group(group)));
+            let threads: Vec<_> = groups.into_iter().map(start).collect();
             let broken = || Err("an encoding thread broke down".to_string());
-            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| broken())).collect()
+            let result = |(group, thread): (_, io::Result<thread::ScopedJoinHandle<_>>)| match thread {
+                Ok(thread) => thread.join().unwrap_or_else(|_| broken()),
+                Err(_) => encode_group(group),
+            };
+            threads.into_iter().map(result).collect()
         })
     }
 }
@@ -220,12 +242,15 @@ impl Memory {
     /// measured: 192k chunks 83 MB/s, 384k 99 MB/s on 100 MB of prose, server Xeon, 2026-11
     const CHUNKS: usize = 384 * 1024;
 
+    /// With so many ids as well: unusual text, at most 16 MB of it.
+    const IDS: usize = 4 << 20;
+
     /// Longer chunks are too rare to be remembered.
     const LONGEST: usize = 64;
 
     /// Stores the ids of a chunk; `key` is its key and hash if it is a short one.
     fn remember(&mut self, chunk: &[u8], key: Option<(Key, u64)>, chunk_ids: &[u32]) {
-        if self.short.len() + self.long.len() == Memory::CHUNKS {
+        if self.short.len() + self.long.len() == Memory::CHUNKS || self.ids.len() >= Memory::IDS {
             *self = Memory::default();
         }
         let value = match chunk_ids {
@@ -261,13 +286,27 @@ struct Joint {
 const NONE: u32 = u32::MAX;
 
 impl Joiner {
-    /// Appends the ids of `chunk` to `ids`. With a queue, not a search for the smallest id at every
-    /// step, because a chunk can be a million letters long.
-    fn join(&mut self, encoder: &Encoder, text: &[u8], start: usize, end: usize, ids: &mut Vec<u32>) {
+    /// Parts and joined ids that are kept room for; more only while a huge chunk needs it.
+    const KEPT: usize = 1 << 16;
+
+    /// Appends the ids of the chunk `text[start..end]` to `ids`. With a queue, not a search for the
+    /// smallest id at every step, because a chunk can be a million letters long.
+    fn join(
+        &mut self,
+        encoder: &Encoder,
+        text: &[u8],
+        start: usize,
+        end: usize,
+        ids: &mut Vec<u32>,
+        stop: &AtomicBool,
+    ) {
         let Joiner { parts, queue } = self;
-        parts.clear();
-        // every byte is a part
+        let stopped = || stop.load(Ordering::Relaxed); // each loop can take seconds
+                                                       // every byte is a part
         for (i, &byte) in text[start..end].iter().enumerate() {
+            if stopped() {
+                break;
+            }
             let joined = match start + i + 1 < end {
                 true => encoder.byte_pairs[byte as usize][text[start + i + 1] as usize],
                 false => NONE,
@@ -282,7 +321,7 @@ impl Joiner {
         }
         let length = parts.len();
         // ids and then places come out of the queue in rising order: smallest id, leftmost place
-        while let Some(Reverse(top)) = queue.pop() {
+        while let (Some(Reverse(top)), false) = (queue.pop(), stopped()) {
             let (id, left) = ((top >> 32) as u32, top as u32 as usize);
             if parts[left].joined != id {
                 continue; // out of date: one of the two parts has changed
@@ -314,10 +353,14 @@ impl Joiner {
         }
         // what is left, from left to right
         let mut part = 0;
-        while part < length {
+        while part < length && !stopped() {
             ids.push(parts[part].id);
             part = parts[part].next as usize;
         }
+        parts.clear();
+        parts.shrink_to(Joiner::KEPT);
+        queue.clear();
+        queue.shrink_to(Joiner::KEPT);
     }
 }
 
@@ -333,7 +376,7 @@ mod tests {
 
     fn ids(encoder: &Encoder, text: &str) -> Vec<u32> {
         let mut ids = vec![];
-        encoder.with_worker(|worker| encoder.encode(text, worker, &mut ids)).unwrap();
+        encoder.with_worker(|worker| encoder.encode(text, worker, &mut ids, &AtomicBool::new(false))).unwrap();
         ids
     }
 
@@ -358,11 +401,48 @@ mod tests {
     }
 
     #[test]
+    fn what_a_huge_chunk_needed_is_not_kept() {
+        let encoder = encoder(&[(97, 97)]);
+        let run = "a".repeat(8 << 20);
+        assert_eq!(ids(&encoder, &run).len(), 4 << 20);
+        let worker = encoder.idle.lock().unwrap().pop().unwrap();
+        assert!(worker.batch.capacity() <= 4 << 20);
+        assert!(worker.joiner.parts.capacity() <= Joiner::KEPT && worker.joiner.queue.capacity() <= Joiner::KEPT);
+        // nor are all ids of unusual text
+        let mut memory = Memory::default();
+        for i in 0..200_000u32 {
+            let chunk = i.to_le_bytes();
+            memory.remember(&chunk, Key::of_slice(&chunk).map(|key| (key, key.hash())), &[7; 64]);
+        }
+        assert!(memory.ids.len() <= Memory::IDS + 64);
+    }
+
+    #[test]
+    fn idle_workers_are_as_many_as_cores_at_most() {
+        fn nest(encoder: &Encoder, depth: usize) {
+            if depth > 0 {
+                encoder.with_worker(|_| nest(encoder, depth - 1));
+            }
+        }
+        let encoder = encoder(&[]);
+        nest(&encoder, encoder.most_idle + 3);
+        assert_eq!(encoder.idle.lock().unwrap().len(), encoder.most_idle);
+    }
+
+    #[test]
+    fn a_stopped_encoder_forgets_what_it_had_not_finished() {
+        let encoder = encoder(&[(97, 98)]);
+        let mut some = vec![];
+        encoder.with_worker(|worker| encoder.encode("abcab", worker, &mut some, &AtomicBool::new(true))).unwrap();
+        assert_eq!(ids(&encoder, "abcab"), [256, 99, 256]);
+    }
+
+    #[test]
     fn threads_do_not_change_the_ids() {
         let encoder = encoder(&[(97, 98), (256, 99)]);
         let documents: Vec<String> = (0..5000).map(|i| "abc ab ".repeat(i % 50)).collect();
         let flat = |num_threads| {
-            let parts = encoder.encode_batch(&documents, Some(7), num_threads).unwrap();
+            let parts = encoder.encode_batch(&documents, Some(7), num_threads, &AtomicBool::new(false)).unwrap();
             let ids: Vec<u32> = parts.iter().flat_map(|part| part.ids.clone()).collect();
             let lengths: Vec<usize> = parts.iter().flat_map(|part| part.lengths.clone()).collect();
             (ids, lengths)

@@ -10,10 +10,11 @@ use crate::count::{Counter, Pool};
 use crate::encode::Encoder;
 use crate::merge::{learn, Words};
 use crate::split::{Batch, Splitter, DEFAULT_PATTERN};
-use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyByteArray, PyBytes, PyDict, PyString};
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyString};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -32,9 +33,22 @@ const READ_BYTES: usize = 1 << 18;
 /// eight would mostly wait for it, each with a table of its own in memory.
 const MAX_COUNTING_THREADS: usize = 8;
 
+/// Bytes of text that are encoded without looking for Ctrl-C: some hundredths of a second.
+const UNWATCHED_BYTES: usize = 1 << 20;
+
 /// Mistakes in arguments and in data are ValueErrors.
 fn value_error(message: impl Into<String>) -> PyErr {
     PyValueError::new_err(message.into())
+}
+
+/// The error for too small a text. Its attribute `most_tokens` says how many tokens there can be,
+/// for callers that count tokens of their own as well.
+fn too_few(py: Python, most_tokens: usize, message: String) -> PyErr {
+    let error = value_error(message);
+    match error.value(py).setattr("most_tokens", most_tokens) {
+        Ok(()) => error,
+        Err(other) => other,
+    }
 }
 
 fn non_negative(name: &str, value: i64) -> PyResult<usize> {
@@ -48,7 +62,10 @@ fn threads_or_all(num_threads: i64, most: usize) -> PyResult<usize> {
     }
 }
 
-/// Looks for Ctrl-C, and calls the caller's function with a line about once per second.
+/// Time between two lines of progress.
+const BETWEEN_LINES: Duration = Duration::from_secs(3);
+
+/// Looks for Ctrl-C, and calls the caller's function with a line every few seconds.
 struct Reporter {
     callback: Option<Py<PyAny>>,
     start: Instant,
@@ -67,7 +84,7 @@ impl Reporter {
     fn report(&mut self, py: Python, last_of_phase: bool, line: impl FnOnce(&Reporter) -> String) -> PyResult<()> {
         py.check_signals()?;
         if let Some(callback) = &self.callback {
-            if last_of_phase || self.last_line.elapsed() >= Duration::from_secs(1) {
+            if last_of_phase || self.last_line.elapsed() >= BETWEEN_LINES {
                 callback.call1(py, (line(self),))?;
                 self.last_line = Instant::now();
             }
@@ -107,11 +124,7 @@ impl Feeder {
     /// Hands the batch over, and waits while the counting threads are too far behind.
     fn flush(&mut self, py: Python) -> PyResult<()> {
         let mut batch = std::mem::replace(&mut self.batch, self.pool.batch());
-        while let Err(refused) = self.pool.try_send(batch) {
-            if self.pool.failed() {
-                let reason = self.pool.finish().err();
-                return Err(value_error(reason.unwrap_or_else(|| "counting ended early".to_string())));
-            }
+        while let Some(refused) = self.pool.try_send(batch).map_err(value_error)? {
             batch = refused;
             self.nap(py)?;
         }
@@ -131,7 +144,7 @@ impl Feeder {
         while !self.pool.is_done() {
             self.nap(py)?;
         }
-        let counter = py.detach(|| self.pool.finish()).map_err(value_error)?;
+        let counter = self.pool.finish().map_err(value_error)?;
         self.reporter.report_counting(py, true)?;
         Ok((counter, self.reporter))
     }
@@ -169,7 +182,8 @@ fn train(py: Python, options: Options, feed: impl FnOnce(&mut Feeder) -> PyResul
     let (counter, mut reporter) = feeder.finish(py)?;
     if counter.is_empty() {
         let documents = reporter.documents;
-        return Err(value_error(format!("nothing to train on: {documents} documents without any text")));
+        let message = format!("nothing to train on: {documents} documents without any text");
+        return Err(too_few(py, 256, message));
     }
 
     // Python's lock is free during the merges and taken only to look for Ctrl-C.
@@ -186,10 +200,11 @@ fn train(py: Python, options: Options, feed: impl FnOnce(&mut Feeder) -> PyResul
     let merges = merges.map_err(value_error)?.unwrap_or_default();
     if merges.len() < num_merges {
         let most = 256 + merges.len();
-        return Err(value_error(format!(
+        let message = format!(
             "vocab_size is {vocab_size}, but this text gives only {most} tokens: with these, each of its \
              distinct chunks is one token; train on more text or ask for at most {most}"
-        )));
+        );
+        return Err(too_few(py, most, message));
     }
     reporter.report(py, true, |_| format!("merging: {num_merges} of {num_merges} merges"))?;
     py.detach(|| Encoder::new(&pattern, splitter, Encoder::tokens_of_merges(&merges))).map_err(value_error)
@@ -262,15 +277,16 @@ fn first_chars(text: &str, most: usize) -> &str {
     text.char_indices().nth(most).map_or(text, |(end, _)| &text[..end])
 }
 
-/// Pushes the text column of Parquet files, up to the two limits (0 = none).
+/// Pushes the text column of Parquet files, up to the two limits (0 = none). Asks for a path when
+/// the file before has been read. Returns how many characters there were.
 fn feed_parquet(
     py: Python,
     feeder: &mut Feeder,
-    paths: Vec<Bound<PyAny>>,
+    paths: &Bound<PyAny>,
     column: &str,
     max_chars: usize,
     doc_cap: usize,
-) -> PyResult<()> {
+) -> PyResult<usize> {
     let parquet_file = py.import("pyarrow.parquet")?.getattr("ParquetFile")?;
     // by default pyarrow first reads all compressed columns of the file into memory
     let piecewise = PyDict::new(py);
@@ -279,7 +295,8 @@ fn feed_parquet(
     let no_limit = |limit| if limit == 0 { usize::MAX } else { limit };
     let (max_chars, doc_cap) = (no_limit(max_chars), no_limit(doc_cap));
     let mut num_chars = 0;
-    for path in &paths {
+    for path in paths.try_iter()? {
+        let path = &path?;
         // pyarrow's errors are ValueErrors or OSErrors, and most do not name the file
         let named = |error: PyErr| {
             let message = error.value(py).to_string();
@@ -315,19 +332,43 @@ fn feed_parquet(
             }
             let mut push = |text: &str| {
                 let text = first_chars(text, doc_cap.min(max_chars - num_chars));
-                if max_chars < usize::MAX {
-                    num_chars += text.chars().count();
-                }
+                num_chars += text.chars().count();
                 feeder.push(py, text)?;
                 Ok(num_chars < max_chars)
             };
             let damaged = |reason: &str| value_error(format!("{path}: column '{column}' is damaged: {reason}"));
             if !for_each_arrow_string(&array, &mut push, &damaged)? {
-                return Ok(()); // enough
+                return Ok(num_chars); // enough
             }
         }
     }
-    Ok(())
+    Ok(num_chars)
+}
+
+/// What `job` returns, which encodes so many bytes. Much text is encoded by another thread, while
+/// this one looks for Ctrl-C and then sets the flag at which the job stops.
+fn watched<R: Send>(
+    py: Python,
+    num_bytes: usize,
+    job: impl Fn(&AtomicBool) -> Result<R, String> + Send + Sync,
+) -> PyResult<R> {
+    let stop = AtomicBool::new(false);
+    if num_bytes <= UNWATCHED_BYTES {
+        return py.detach(|| job(&stop)).map_err(value_error);
+    }
+    py.detach(|| {
+        thread::scope(|scope| {
+            let Ok(thread) = thread::Builder::new().spawn_scoped(scope, || job(&stop)) else {
+                return job(&stop).map_err(value_error); // refused, so without Ctrl-C
+            };
+            while !thread.is_finished() {
+                thread::sleep(Duration::from_millis(1));
+                Python::attach(|py| py.check_signals()).inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
+            }
+            let broken = |_| PyRuntimeError::new_err("the encoding thread broke down");
+            thread.join().map_err(broken)?.map_err(value_error)
+        })
+    })
 }
 
 /// Writes numbers into a new bytearray and lets numpy look at it as an array of `dtype`.
@@ -411,8 +452,9 @@ impl Tokenizer {
     /// buffer_size: most documents handed to a counting thread at once; changes no result
     /// pattern:     the split pattern; None = nanochat's
     /// num_threads: counting threads; 0 = one per core, at most 8; changes no result
-    /// progress:    called with a line of text about once per second
-    /// raises       ValueError, TypeError, or what the iterator raises; the tokenizer is then as before
+    /// progress:    called with a line of text every few seconds and at the end of each phase
+    /// raises       ValueError, TypeError, or what the iterator raises; the tokenizer is then as before.
+    ///              The ValueError for too small a text has `most_tokens`: how many it can give
     #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, *, num_threads=0, progress=None))]
     #[allow(clippy::too_many_arguments)] // they are keywords in Python
     fn train_from_iterator(
@@ -448,9 +490,10 @@ impl Tokenizer {
     /// The same result as train_from_iterator on the same documents, and faster: pyarrow reads the
     /// files, but no Python strings are made. Nulls are skipped.
     ///
-    /// paths:       one path or a list of them
+    /// paths:       one path or an iterator of them, which may wait until the next file is there
     /// max_chars:   stop after this many characters, if need be inside a document; 0 = no limit
     /// doc_cap:     use only this many characters of each document; 0 = all
+    /// returns      (documents, characters) that were used
     /// pattern, num_threads, progress, raises: as in train_from_iterator
     #[pyo3(signature = (paths, vocab_size, max_chars=0, doc_cap=0, pattern=None, column="text", *,
                         num_threads=0, progress=None))]
@@ -466,18 +509,20 @@ impl Tokenizer {
         column: &str,
         num_threads: i64,
         progress: Option<Py<PyAny>>,
-    ) -> PyResult<()> {
+    ) -> PyResult<(usize, usize)> {
         let max_chars = non_negative("max_chars", max_chars)?;
         let doc_cap = non_negative("doc_cap", doc_cap)?;
         let is_path = paths.is_instance_of::<PyString>() || paths.hasattr("__fspath__")?;
-        let paths = match is_path {
-            true => vec![paths],
-            false => paths.try_iter()?.collect::<PyResult<_>>()?,
-        };
+        let paths = if is_path { PyList::new(py, [paths])?.into_any() } else { paths };
         let options = Options { vocab_size, pattern, num_threads, progress, batch_documents: usize::MAX };
-        let encoder = train(py, options, |feeder| feed_parquet(py, feeder, paths, column, max_chars, doc_cap))?;
+        let mut used = (0, 0);
+        let encoder = train(py, options, |feeder| {
+            let num_chars = feed_parquet(py, feeder, &paths, column, max_chars, doc_cap)?;
+            used = (feeder.reporter.documents, num_chars);
+            Ok(())
+        })?;
         self.replace(encoder);
-        Ok(())
+        Ok(used)
     }
 
     /// The split pattern, a regular expression.
@@ -498,12 +543,20 @@ impl Tokenizer {
     }
 
     /// The ids of a text.
-    fn encode(&self, py: Python, text: &Bound<PyAny>) -> PyResult<Vec<u32>> {
+    fn encode<'py>(&self, py: Python<'py>, text: &Bound<PyAny>) -> PyResult<Bound<'py, PyList>> {
         let text = utf8(text, || "the text".to_string())?;
         let encoder = self.encoder();
-        let mut ids = vec![];
-        py.detach(|| encoder.with_worker(|worker| encoder.encode(text, worker, &mut ids))).map_err(value_error)?;
-        Ok(ids)
+        let ids = watched(py, text.len(), |stop| {
+            let mut ids = vec![];
+            encoder.with_worker(|worker| encoder.encode(text, worker, &mut ids, stop)).map(|()| ids)
+        })?;
+        let mut parts = ids.chunks(UNWATCHED_BYTES);
+        let list = PyList::new(py, parts.next().unwrap_or_default())?;
+        for part in parts {
+            py.check_signals()?;
+            part.iter().try_for_each(|&id| list.append(id))?;
+        }
+        Ok(list)
     }
 
     /// The ids of many texts, in two numpy arrays: (ids, offsets).
@@ -532,7 +585,8 @@ impl Tokenizer {
             documents.push(text.extract()?);
         }
         let encoder = self.encoder();
-        let parts = py.detach(|| encoder.encode_batch(&documents, prepend, num_threads)).map_err(value_error)?;
+        let num_bytes = documents.iter().map(|document| document.len()).sum();
+        let parts = watched(py, num_bytes, |stop| encoder.encode_batch(&documents, prepend, num_threads, stop))?;
 
         let num_ids = parts.iter().map(|part| part.ids.len()).sum();
         let ids = || parts.iter().flat_map(|part| &part.ids);

@@ -53,6 +53,9 @@ const END: u8 = 0xFF;
 /// wherever it stands.
 const PAD: usize = 16;
 
+/// Bytes that an empty batch keeps at most.
+const KEPT_BYTES: usize = 4 << 20;
+
 /// The class of a byte on its own.
 static BYTE_CLASS: [u8; 256] = {
     let mut table = [WIDE; 256];
@@ -85,15 +88,22 @@ impl Batch {
         self.documents += 1;
     }
 
+    /// Makes the batch empty. It keeps its memory for what comes next, but not that of a huge document.
     pub fn clear(&mut self) {
         self.text.clear();
         self.text.resize(PAD, END);
+        self.text.shrink_to(KEPT_BYTES);
         self.documents = 0;
     }
 
     /// The bytes of all documents with what stands between them.
     pub fn text(&self) -> &[u8] {
         &self.text
+    }
+
+    #[cfg(test)]
+    pub fn capacity(&self) -> usize {
+        self.text.capacity()
     }
 
     pub fn documents(&self) -> usize {
