@@ -19,7 +19,7 @@ from plumbing.common import RANK, atomic_write, duration, print0, standard_error
 from plumbing.configurator import configure
 from engine import Engine
 from evals.metrics import GUESSING, constant_share, evaluate_task
-from tasks import arc, check, gsm8k, identity, mmlu, simple_spelling, spelling_bee
+from tasks import all_tests, check, who_is
 
 source = "sft"                 # -i: whose model: base, mid or sft
 model_tag = ""                 # which model of that stage, like d12; "" = the only one there is
@@ -36,15 +36,6 @@ dtype = ""                     # float32 or bfloat16; "" = as in training
 config = configure(globals())
 
 CHATCORE = ["ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee"]
-
-
-def small_tests(meta):
-    """The tests of a model that was trained without downloads; it is asked for its own name."""
-    knobs = (meta["source"]["config"] if meta["stage"] == "sft" else meta["config"]) if meta["stage"] != "base" else {}
-    about = dict(name=knobs.get("assistant_name") or "nanochat", maker=knobs.get("assistant_maker", ""),
-                 facts=knobs.get("assistant_facts", ""))
-    return {"says its name": identity(**about, split="test"), "spells a word": simple_spelling(200, "test"),
-            "counts a letter": spelling_bee(100, "test", varied=False)}
 
 
 def chatcore(results, names):
@@ -64,9 +55,7 @@ machine = runtime.start(device, dtype, meta)
 model, tokenizer = load_model(folder, meta, machine)
 engine = Engine(model, tokenizer)
 path = os.path.join(folder, "chat_eval.json")
-tests = small_tests(meta) if embedded else {
-    "ARC-Easy": arc("Easy", "test"), "ARC-Challenge": arc("Challenge", "test"), "MMLU": mmlu("test"), "GSM8K": gsm8k("test"),
-    "HumanEval": humaneval.humaneval(), "SpellingBee": spelling_bee(256, "test")}
+tests = all_tests(embedded, who_is(meta)) | ({} if embedded else {"HumanEval": humaneval.humaneval()})
 wanted = [name.strip() for name in tasks.split(",") if name.strip()] or list(tests)
 if set(wanted) - set(tests):
     raise SystemExit(f"tasks={tasks}: must be some of {','.join(tests)}")

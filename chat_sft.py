@@ -25,8 +25,8 @@ from plumbing.configurator import configure
 from engine import Engine
 from evals.metrics import evaluate_loss, evaluate_task, to_device
 from muon import build_optimizers, set_schedule
-from tasks import (arc, check, docstrings, gsm8k, identity, identity_file, mixture, mmlu, simple_spelling, smoltalk,
-                   spelling_bee)
+from tasks import (Mixture, all_tests, arc, check, docstrings, gsm8k, identity, identity_file, simple_spelling, smoltalk,
+                   spelling_bee, who_is)
 
 # where from
 source = "mid"                 # -i: the stage whose model is tuned, mid or base
@@ -65,6 +65,8 @@ device = ""                    # cuda, mps or cpu; "" = the best there is
 dtype = ""                     # float32 or bfloat16; "" = as in the stage before
 config = configure(globals())
 
+QUICK_TESTS = ("MMLU", "ARC-Easy", "says its name", "spells a word", "counts a letter")    # of chat_eval.py's, while training
+
 # a finished stage ends here, an unfinished one continues
 source_folder, source_meta = find_parent(source, source_tag, model_tag)
 parent = source_of(source, source_folder, source_meta)
@@ -82,22 +84,27 @@ if meta:
     load_optimizers(checkpoint_dir, optimizers, meta)
 
 # the mixture; who the model is was settled in mid-training
-mid = source_meta["config"]
-own_name = mid.get("assistant_name", "")
-about = dict(name=own_name or "nanochat", maker=mid.get("assistant_maker", ""), facts=mid.get("assistant_facts", ""))
-who = identity(**about, size=identity_rows) if embedded or own_name else identity_file()
-if embedded:
-    train_tasks = [who, docstrings("train", 300), spelling_bee(spelling_bee_rows, "train", varied=False),
-                   simple_spelling(spelling_rows, "train", pseudo=0.6, pieces=tokenizer.letter_tokens())]
-    val_tasks = [identity(**about, split="test"), docstrings("test", 100), simple_spelling(100, "test")]
-    tests = {"says its name": identity(**about, split="test"), "spells a word": simple_spelling(50, "test"),
-             "counts a letter": spelling_bee(50, "test", varied=False)}
+who = who_is(source_meta)
+own_identity = identity(**who, size=identity_rows) if embedded or source_meta["config"].get("assistant_name") else identity_file()
+if not embedded:
+    train_data = Mixture([
+        arc("Easy", "train"), arc("Challenge", "train"),        # 2.3K and 1.1K questions: a letter for an answer
+        gsm8k("train"),                                         # 8K: mathematics in words, with the calculator
+        smoltalk("train", 10000),                               # 10K conversations about everything
+        own_identity,                                           # 1K: who it is
+        simple_spelling(spelling_rows, "train"),                # 300: the letters behind the tokens
+        spelling_bee(spelling_bee_rows, "train"),               # 300: counting them
+    ])
+    val_data = Mixture([smoltalk("test")])
 else:
-    train_tasks = [arc("Easy", "train"), arc("Challenge", "train"), gsm8k("train"), smoltalk("train", 10000), who,
-                   simple_spelling(spelling_rows, "train"), spelling_bee(spelling_bee_rows, "train")]
-    val_tasks = [smoltalk("test")]
-    tests = {"MMLU": mmlu("test"), "ARC-Easy": arc("Easy", "test"), "spells a word": simple_spelling(50, "test")}
-train_data, val_data = mixture(train_tasks), mixture(val_tasks)
+    train_data = Mixture([
+        own_identity,
+        docstrings("train", 300),
+        spelling_bee(spelling_bee_rows, "train", varied=False),
+        simple_spelling(spelling_rows, "train", pseudo=0.6, pieces=tokenizer.letter_tokens()),
+    ])
+    val_data = Mixture([identity(**who, split="test"), docstrings("test", 100), simple_spelling(100, "test")])
+tests = {name: test for name, test in all_tests(embedded, who).items() if name in QUICK_TESTS}
 
 # the batch
 max_seq_len, flops = model.config.sequence_len, flops_per_token(**vars(model.config))

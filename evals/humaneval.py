@@ -9,7 +9,8 @@ The 164 problems are for testing only: nothing here is ever trained on.
 import re
 
 from evals import sandbox
-from tasks.downloaded import PARQUET, from_parquet, must_be
+from tasks.downloaded import PARQUET, from_parquet
+from tasks.task import must_be
 
 # The first block of code, with or without its language; an answer cut short has no closing fence.
 BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:^[ \t]*```|\Z)",

@@ -1,29 +1,20 @@
 """
-What the chat model learns from and is asked: conversations of every task, and checks of answers.
+The tasks that are downloaded: general conversations, school and exam questions, mathematics, and who nanochat is.
 
-reads   task_data/, which fetch() fills; spelling, counting, our own identity and questions about
-        Python's functions are made here and need no file
-gives   task objects: len(task), task[i] -> conversation; a few bytes when pickled, read when used
-
-A conversation is a dict with "messages"; where an answer can be checked it also has "kind"
-(how: see check), "answer" (the short right answer) and, for a choice, "letters".
+reads   task_data/, which fetch() fills (python prepare.py -n 0 --tasks=1)
 """
 import functools
-import hashlib
 import json
 import os
 import re
-from decimal import Decimal, InvalidOperation
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tasks import identity as identity_templates
-from tasks import pydocs
-from tasks import spelling
 from plumbing.common import base_path
 from plumbing.download import HUB, download
+from tasks import spelling
+from tasks.task import SHUFFLE, Task, must_be, shuffled
 
 PARQUET = "%s-00000-of-00001.parquet"
 SOURCES = {     # folder below task_data/: where its files come from, which files
@@ -38,91 +29,13 @@ SOURCES = {     # folder below task_data/: where its files come from, which file
             [PARQUET % f"ARC-{subset}/{split}" for subset in ("Easy", "Challenge")
              for split in ("train", "test")]),
     "humaneval": (f"{HUB}/datasets/openai/openai_humaneval/resolve/main/openai_humaneval/",
-                  [PARQUET % "test"]),           # its task: humaneval.py
+                  [PARQUET % "test"]),           # its task: evals/humaneval.py
     "identity": ("https://karpathy-public.s3.us-west-2.amazonaws.com/",
                  ["identity_conversations.jsonl"]),
     "words": ("https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/",
               ["words_alpha.txt"]),
 }
 FETCH = "run: python prepare.py -n 0 --tasks=1"
-SHUFFLE = 42            # rows of a file come in this order, so that the first n are a fair sample
-
-# ---------------------------------------------------------------------------------------------
-# 1. Task objects
-
-
-class Task:
-    """
-    Rows turned into conversations, one at a time.
-
-    label: says what is in it, options included; caches of conversations are named after it
-    load: () -> sequence of raw rows, called at first use; convert: raw row -> conversation. Both
-        are picklable (a function of a module or its partial); the rows themselves never travel.
-    size: take only so many rows; 0 = all
-    """
-
-    def __init__(self, label, load, convert, size=0):
-        self.label, self.load, self.convert, self.size = label, load, convert, size
-
-    @functools.cached_property
-    def rows(self):
-        return self.load()
-
-    def __len__(self):
-        return min(self.size, len(self.rows)) if self.size else len(self.rows)
-
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"{self!r}: no row {i}")
-        return self.convert(self.rows[i])
-
-    def __repr__(self):
-        return f"{self.label} x {len(self)}"
-
-    def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "rows"}
-
-
-class Mixture:
-    """All rows of all tasks in one fixed random order; see mixture()."""
-
-    def __init__(self, tasks, seed):
-        self.tasks, self.seed = list(tasks), seed
-
-    @functools.cached_property
-    def ends(self):
-        """ends[k]: rows in tasks 0 .. k"""
-        return np.cumsum([len(task) for task in self.tasks])
-
-    @functools.cached_property
-    def order(self):
-        return shuffled(len(self), self.seed)
-
-    def __len__(self):
-        return int(self.ends[-1]) if self.tasks else 0
-
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"mixture: no row {i} of {len(self)}")
-        row = int(self.order[i])
-        k = int(np.searchsorted(self.ends, row, side="right"))
-        return self.tasks[k][row - (int(self.ends[k - 1]) if k else 0)]
-
-    def __repr__(self):
-        return f"mixture {self.seed} of " + " + ".join(map(repr, self.tasks))
-
-    def __getstate__(self):
-        return {"tasks": self.tasks, "seed": self.seed}
-
-
-def mixture(tasks, seed=42):
-    """Tasks interleaved, always in the same way; one that is listed twice counts twice."""
-    return Mixture(tasks, seed)
-
-
-def shuffled(n, seed):
-    """0 .. n-1 in random order. RandomState: numpy promises that its stream never changes."""
-    return np.random.RandomState(seed).permutation(n)
 
 
 class ParquetRows:
@@ -179,14 +92,6 @@ def from_parquet(task, names, columns, convert, size):
     """The Task of some files in a folder of SOURCES."""
     load = functools.partial(ParquetRows, [task_file(task, name) for name in names], columns)
     return Task(f"{task} {names[0].partition('-0')[0]}", load, convert, size)
-
-
-def must_be(name, value, allowed):
-    assert value in allowed, f"{name} must be one of {', '.join(allowed)}, not {value!r}"
-
-
-# ---------------------------------------------------------------------------------------------
-# 2. Tasks that are downloaded
 
 
 def smoltalk(split, size=0):
@@ -289,123 +194,10 @@ def identity_file_row(messages):
     return {"messages": messages[:-1] if messages[-1]["role"] == "user" else messages}
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. Tasks that are made here
-
-
-def made(label, row, size, **options):
-    """The Task whose row i is row(i, **options)."""
-    must_be("split", options["split"], ("train", "test"))
-    text = json.dumps(options, sort_keys=True)       # goes into the label, shortened
-    label = f"{label} {options['split']} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return Task(label, functools.partial(range, size), functools.partial(row, **options))
-
-
-def identity(name, maker, facts, size=0, split="train"):
-    """
-    The model says who it is, in many wordings.
-
-    facts: sentences divided by ; (may be empty, and so may maker)
-    size: 0 = 1,000 for train; for test each wording that is never trained on, once
-    """
-    held_out = len(identity_templates.held_out_questions())
-    size = size or (held_out if split == "test" else 1000)
-    return made("identity", identity_templates.conversation, size,
-                name=name, maker=maker, facts=facts, split=split)
-
-
-def simple_spelling(size, split, pseudo=0.0, pieces=()):
-    """
-    Spell the word 'apple' -> a-p-p-l-e.
-
-    pseudo: share of invented words in training, glued from pieces, lowercase strings such as
-        tokenizer.letter_tokens(): they teach how each token is spelled wherever it stands, where
-        there are few words. The test has real words only.
-    """
-    assert not pseudo or pieces, "invented words need pieces"
-    return made(f"spelling {word_source()}", spelling.spelling_row, size,
-                split=split, pseudo=pseudo, pieces=tuple(pieces))
-
-
-def spelling_bee(size, split, varied=True):
-    """
-    How many 'r' are in 'strawberry'? -> counted by hand, checked with Python, then "#### 3".
-
-    varied: many wordings and quotes; False = the plain one, for a model too small for more
-    """
-    return made(f"counting {word_source()}", spelling.counting_row, size,
-                split=split, varied=varied)
-
-
-def word_source():
-    """Which words the spelling tasks take, for their labels."""
-    return "words_alpha" if spelling.word_list() else "embedded"
-
-
-def docstrings(split, size=0):
-    """What does str.split do? -> the first sentence of its documentation in this Python."""
-    must_be("split", split, ("train", "test"))
-    load = functools.partial(load_docstrings, split)
-    return Task(f"docstrings {split}", load, docstring_row, size)
-
-
-def load_docstrings(split):
-    rows = sorted(row for row in set(map(tuple, pydocs.functions()))
-                  if spelling.in_test(row[0]) == (split == "test"))
-    return [rows[i] for i in shuffled(len(rows), SHUFFLE)]
-
-
-def docstring_row(row):
-    name, sentence = row
-    return {"messages": [{"role": "user", "content": f"What does {name} do?"},
-                         {"role": "assistant", "content": sentence}]}
-
-
-# ---------------------------------------------------------------------------------------------
-# 4. Checks of generated answers
-
-NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-
-
-def check(conversation, answer):
-    """
-    Whether a generated answer is right. answer: the assistant's text, calculator calls included.
-
-    exact     the whole text, up to white space around it (spelling)
-    number    the number after "####" (GSM8K, counting): "1,000" is "1000" is "1000.0"
-    letter    the first letter or word is the right choice: "B", "B.", "(B) because"
-    identity  the model's name stands in the text
-    """
-    kind, right = conversation.get("kind"), conversation.get("answer")
-    if kind == "exact":
-        return answer.strip() == right
-    if kind == "number":
-        found = re.search(rf"####\s*\$?\s*({NUMBER})", answer)
-        return bool(found) and as_number(found[1]) == as_number(right)
-    if kind == "letter":
-        found = re.match(r"\W*(\w+)", answer)
-        return bool(found) and found[1] == right
-    if kind == "identity":
-        return bool(re.search(rf"(?<!\w){re.escape(right)}(?!\w)", answer, re.IGNORECASE))
-    raise ValueError(f"a conversation of kind {kind!r} has no check")
-
-
-def as_number(text):
-    """The exact value of "1,000.50"; None for what is no number."""
-    try:
-        return Decimal(text.replace(",", ""))
-    except InvalidOperation:
-        return None
-
-
-def reference_answer(conversation):
-    """The last message as the text that a perfect model would give, calculator included."""
-    content = conversation["messages"][-1]["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-# ---------------------------------------------------------------------------------------------
-# 5. Fetching
+def tests(embedded, who):
+    """The tests by name; see tasks.all_tests."""
+    return {} if embedded else {"ARC-Easy": arc("Easy", "test"), "ARC-Challenge": arc("Challenge", "test"),
+                                "MMLU": mmlu("test"), "GSM8K": gsm8k("test")}
 
 
 def check_identity_file(path):

@@ -1,8 +1,8 @@
 """
 Conversations in which the assistant says who it is, made offline from a few templates.
 
-in    a name, a maker, facts separated by ";" (the knobs of the stages)
-out   conversation(...): one of as many conversations as wanted, a function of its number
+in    a name, a maker, facts separated by ";" (the knobs of mid_train.py)
+out   identity(...): a task of as many conversations as wanted, each a function of its number
 
 To give the model your own identity, change the knobs; to teach it more questions, add wordings
 here. HELD_OUT stands apart: these wordings are asked in tests and never trained on, so a right
@@ -10,6 +10,8 @@ answer to one shows that the model understood the question and did not only memo
 """
 import random
 import re
+
+from tasks.task import made
 
 # What people ask, by what they want to know. In each list the plainest wording comes first.
 WORDINGS = {
@@ -79,6 +81,33 @@ HELD_OUT = {
 
 GREETINGS = ["", "", "", "", "Hi! ", "Hello! ", "Hey, ", "Good morning. ", "Hi there, ", "Hello, "]
 SMALL_TALK = ["Hi!", "Hello", "hey", "Good morning!", "Hi there", "Good evening", "Hello there!"]
+
+
+def identity(name, maker, facts, size=0, split="train"):
+    """
+    The model says who it is, in many wordings.
+
+    facts: sentences divided by ; (may be empty, and so may maker)
+    size: 0 = 1,000 for train; for test each wording that is never trained on, once
+    """
+    held_out = len(held_out_questions())
+    size = size or (held_out if split == "test" else 1000)
+    return made("identity", conversation, size,
+                name=name, maker=maker, facts=facts, split=split)
+
+
+def who_is(meta):
+    """Name, maker and facts of the model of a checkpoint as dict(name, maker, facts), settled in mid-training."""
+    while meta and "assistant_name" not in meta["config"]:
+        meta = meta.get("source")
+    knobs = meta["config"] if meta else {}
+    return dict(name=knobs.get("assistant_name") or "nanochat", maker=knobs.get("assistant_maker", ""),
+                facts=knobs.get("assistant_facts", ""))
+
+
+def tests(embedded, who):
+    """The tests by name; see tasks.all_tests."""
+    return {"says its name": identity(**who, split="test")}
 
 
 def held_out_questions():

@@ -17,6 +17,8 @@ import re
 import sysconfig
 import warnings
 
+from tasks.task import SHUFFLE, Task, in_test, must_be, shuffled
+
 # Folders without documentation: tests, installed packages, demos, character tables.
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "turtledemo", "encodings",
         "lib-dynload", "__pycache__", "_bundled"}
@@ -186,3 +188,22 @@ def words():
         for word in re.findall(r"\b[a-z]{3,12}\b", document):
             counts[word] = counts.get(word, 0) + 1
     return sorted(word for word, count in counts.items() if count >= 3)
+
+
+def docstrings(split, size=0):
+    """What does str.split do? -> the first sentence of its documentation in this Python."""
+    must_be("split", split, ("train", "test"))
+    load = functools.partial(load_docstrings, split)
+    return Task(f"docstrings {split}", load, docstring_row, size)
+
+
+def load_docstrings(split):
+    rows = sorted(row for row in set(map(tuple, functions()))
+                  if in_test(row[0]) == (split == "test"))
+    return [rows[i] for i in shuffled(len(rows), SHUFFLE)]
+
+
+def docstring_row(row):
+    name, sentence = row
+    return {"messages": [{"role": "user", "content": f"What does {name} do?"},
+                         {"role": "assistant", "content": sentence}]}

@@ -2,27 +2,21 @@
 Rows that teach letters: spelling a word, and counting a letter in it with the calculator.
 
 in    a row number and a split; the words come from task_data/words/ or the embedded corpus
-out   conversations; row i is a function of i, so nothing is stored
+out   simple_spelling, spelling_bee: tasks whose row i is a function of i, so nothing is stored
 
 A model sees tokens, not letters: it cannot know that "straw" begins with an s unless it is told.
 """
 import functools
 import os
 import random
-import zlib
 
 import numpy as np
 
-from tasks import pydocs
 from plumbing.common import base_path
+from tasks import pydocs
+from tasks.task import in_test, made
 
-TEST_SHARE = 10                              # one word in so many is kept for the test
 MAX_LETTERS = 12                             # of an invented word, as of the corpus's
-
-
-def in_test(text):
-    """Whether a word belongs to the test: by its hash, so no seed and no order mixes the splits."""
-    return zlib.crc32(text.encode()) % TEST_SHARE == 0
 
 
 def word_list():
@@ -57,6 +51,41 @@ def check_words(path):
     if len(lines) < 1000 or not all(line.isalpha() and line.islower() for line in lines):
         return "it is not a list of one lowercase word per line"
     return ""
+
+
+def word_source():
+    """Which words the spelling tasks take, for their labels."""
+    return "words_alpha" if word_list() else "embedded"
+
+
+def simple_spelling(size, split, pseudo=0.0, pieces=()):
+    """
+    Spell the word 'apple' -> a-p-p-l-e.
+
+    pseudo: share of invented words in training, glued from pieces, lowercase strings such as
+        tokenizer.letter_tokens(): they teach how each token is spelled wherever it stands, where
+        there are few words. The test has real words only.
+    """
+    assert not pseudo or pieces, "invented words need pieces"
+    return made(f"spelling {word_source()}", spelling_row, size,
+                split=split, pseudo=pseudo, pieces=tuple(pieces))
+
+
+def spelling_bee(size, split, varied=True):
+    """
+    How many 'r' are in 'strawberry'? -> counted by hand, checked with Python, then "#### 3".
+
+    varied: many wordings and quotes; False = the plain one, for a model too small for more
+    """
+    return made(f"counting {word_source()}", counting_row, size,
+                split=split, varied=varied)
+
+
+def tests(embedded, who):
+    """The tests by name; see tasks.all_tests."""
+    counting = {"counts a letter": spelling_bee(100, "test", varied=False)} if embedded else \
+        {"SpellingBee": spelling_bee(256, "test")}
+    return {"spells a word": simple_spelling(200, "test"), **counting}
 
 
 def spelling_row(i, split, pseudo, pieces):

@@ -17,3 +17,9 @@ def run_script(name, *flags):
         return runpy.run_path(os.path.join(ROOT, name), run_name="__main__")
     finally:
         sys.argv = argv
+
+
+def reference_answer(conversation):
+    """The last message as the text that a perfect model would give, calculator included."""
+    content = conversation["messages"][-1]["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)

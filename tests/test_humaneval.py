@@ -10,7 +10,8 @@ import pytest
 
 from evals import humaneval
 from evals import sandbox
-from tasks import downloaded as tasks
+from conftest import reference_answer
+from tasks import downloaded
 
 HUB = os.environ.get("NANOCHAT_TEST_HUB", "")
 needs_hub = pytest.mark.skipif(not HUB, reason="NANOCHAT_TEST_HUB names no mirror of the hub")
@@ -65,12 +66,12 @@ def test_nothing_is_run_without_a_sandbox(monkeypatch):
 
 
 def test_the_task_has_the_shape_of_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "base_path", lambda *parts: os.path.join(tmp_path, *parts))
+    monkeypatch.setattr(downloaded, "base_path", lambda *parts: os.path.join(tmp_path, *parts))
     with pytest.raises(SystemExit, match="not here"):
         len(humaneval.humaneval())
     folder = tmp_path / "task_data" / "humaneval"
     folder.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist([ROW, ROW]), folder / tasks.SOURCES["humaneval"][1][0])
+    pq.write_table(pa.Table.from_pylist([ROW, ROW]), folder / downloaded.SOURCES["humaneval"][1][0])
     task = humaneval.humaneval()
     assert len(task) == 2 and task[1] == CONVERSATION and len(humaneval.humaneval(size=1)) == 1
     assert list(pickle.loads(pickle.dumps(task))) == list(task)
@@ -81,13 +82,13 @@ def test_the_task_has_the_shape_of_the_others(tmp_path, monkeypatch):
 @needs_hub
 @needs_sandbox
 def test_reference_solutions_pass_and_empty_functions_do_not(tmp_path, monkeypatch):
-    url, files = tasks.SOURCES["humaneval"]
+    url, files = downloaded.SOURCES["humaneval"]
     source = os.path.join(HUB, url.split("://")[1], files[0])
-    monkeypatch.setattr(tasks, "task_file", lambda *_: source)
+    monkeypatch.setattr(downloaded, "task_file", lambda *_: source)
     rows = list(humaneval.humaneval())
     start = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
-        verdicts = list(pool.map(lambda row: humaneval.check(row, tasks.reference_answer(row)), rows))
+        verdicts = list(pool.map(lambda row: humaneval.check(row, reference_answer(row)), rows))
     seconds = time.monotonic() - start
     failed = {row["entry_point"]: verdict.reason for row, verdict in zip(rows, verdicts) if not verdict.passed}
     assert len(rows) == 121 and not failed

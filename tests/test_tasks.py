@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks import identity
-from tasks import spelling
-from tasks import downloaded as tasks
+import tasks
+from conftest import reference_answer
+from tasks import downloaded, spelling
+from tasks.identity import conversation, held_out_questions
+from tasks.task import in_test
 from plumbing.calculator import calculate
 from tokenizer import Tokenizer
 
@@ -63,17 +65,17 @@ def test_other_options_have_another_name():
 
 def test_mixture_takes_every_row_once_and_mixes():
     a, b = tasks.simple_spelling(200, "train"), tasks.identity(size=50, **ME)
-    mixed = tasks.mixture([a, b, b])
+    mixed = tasks.Mixture([a, b, b])
     rows = [json.dumps(row) for row in mixed]
     assert Counter(rows) == Counter(json.dumps(row) for task in (a, b, b) for row in task)
     assert [json.dumps(row) for row in pickle.loads(pickle.dumps(mixed))] == rows
-    assert [json.dumps(row) for row in tasks.mixture([a, b, b], seed=1)] != rows
-    assert repr(mixed) != repr(tasks.mixture([a, b]))
+    assert [json.dumps(row) for row in tasks.Mixture([a, b, b], seed=1)] != rows
+    assert repr(mixed) != repr(tasks.Mixture([a, b]))
     first = sum("Spell" in row for row in rows[:100])
     assert 45 < first < 90, "66 expected: the tasks are interleaved from the start"
     with pytest.raises(IndexError):
         mixed[300]
-    assert len(tasks.mixture([])) == 0
+    assert len(tasks.Mixture([])) == 0
 
 
 # splits
@@ -87,7 +89,7 @@ def test_train_and_test_words_are_disjoint():
                  lambda split: tasks.spelling_bee(1000, split)):
         seen, asked = {row["word"] for row in make("train")}, {row["word"] for row in make("test")}
         assert not seen & asked and asked <= set(test)
-        assert not any(spelling.in_test(word) for word in seen)
+        assert not any(in_test(word) for word in seen)
 
 
 def test_train_and_test_questions_are_disjoint():
@@ -103,13 +105,13 @@ def test_held_out_identity_wordings_are_never_trained_on():
         text = re.sub(r"^(hi there|hi|hello|hey|good morning) ", "", text)
         return text.removeprefix("please ").removesuffix(" please")
 
-    held_out = {plain(text) for _, text in identity.held_out_questions()}
+    held_out = {plain(text) for _, text in held_out_questions()}
     trained = {plain(message["content"]) for row in tasks.identity(size=20000, **ME)
                for message in row["messages"] if message["role"] == "user"}
-    assert len(held_out) == len(identity.held_out_questions()) >= 14
+    assert len(held_out) == len(held_out_questions()) >= 14
     assert len(trained) > 80 and not held_out & trained
     asked = {question(row) for row in tasks.identity(split="test", **ME)}
-    assert asked == {text for _, text in identity.held_out_questions()}
+    assert asked == {text for _, text in held_out_questions()}
 
 
 # rows
@@ -136,7 +138,7 @@ def test_spelling_and_counting_rows():
             by_hand = row["messages"][-1]["content"][0]["text"]
             assert by_hand.startswith("-".join(row["word"]))
             assert f"{row['word'][-1]} {row['answer']}\n" in by_hand
-            assert tasks.reference_answer(row).endswith(f"\n#### {row['answer']}")
+            assert reference_answer(row).endswith(f"\n#### {row['answer']}")
         wanted = re.compile("How many '[a-z]' are in '[a-z]+'[?]")
         plain = sum(bool(wanted.fullmatch(question(row))) for row in rows)
         assert 5 < plain < 50 if varied else plain == 500
@@ -145,7 +147,7 @@ def test_spelling_and_counting_rows():
 
 def test_a_count_is_right_in_its_form_alone():
     row = next(row for row in tasks.spelling_bee(100, "test") if row["answer"] == "3")
-    assert tasks.check(row, tasks.reference_answer(row)) and tasks.check(row, "#### 3")
+    assert tasks.check(row, reference_answer(row)) and tasks.check(row, "#### 3")
     for answer in ("3", "3 out of 10 letters", "3 (at 1, 4, 8)", "count-3", "It is there 3 times.", "#### 1, or rather 3"):
         assert not tasks.check(row, answer), answer
 
@@ -163,7 +165,7 @@ def test_identity_says_the_name(me):
 
 
 def test_gsm8k_annotations_become_calls():
-    row = tasks.gsm8k_row({"question": "How many?",
+    row = downloaded.gsm8k_row({"question": "How many?",
                            "answer": "She sold 48/2 = <<48/2=24>>24 clips.\n#### 1,024"})
     assert row["messages"][1]["content"] == [
         {"type": "text", "text": "She sold 48/2 = "}, {"type": "python", "text": "48/2"},
@@ -172,13 +174,13 @@ def test_gsm8k_annotations_become_calls():
 
 
 def test_multiple_choice_rows():
-    row = tasks.arc_row({"question": "Which?", "answerKey": "2",
+    row = downloaded.arc_row({"question": "Which?", "answerKey": "2",
                          "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}})
     assert question(row) == ("Multiple Choice question: Which?\n- x=A\n- y=B\n- z=C\n\n"
                              "Respond only with the letter of the correct answer."), "published weights know this text"
     assert row["messages"][1]["content"] == row["answer"] == "B"
     assert row["letters"] == ["A", "B", "C"]
-    assert tasks.mmlu_row({"question": "?", "choices": list("wxyz"), "answer": 3})["answer"] == "D"
+    assert downloaded.mmlu_row({"question": "?", "choices": list("wxyz"), "answer": 3})["answer"] == "D"
 
 
 # checks
@@ -213,7 +215,7 @@ def test_check_of_a_chat_is_an_error():
 
 
 def write_parquet(name, **columns):
-    path = tasks.task_file("gsm8k", name)
+    path = downloaded.task_file("gsm8k", name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     pq.write_table(pa.table(columns), path)
     return path
@@ -239,7 +241,7 @@ def test_missing_and_broken_files_end_in_one_line():
         with pytest.raises(SystemExit, match="not here; run: python prepare.py"):
             len(task)
     with pytest.raises(SystemExit, match="none of"):
-        tasks.fetch(["smalltalk"])
+        downloaded.fetch(["smalltalk"])
 
 
 def test_broken_word_list_and_identity_file(tmp_path):
@@ -252,8 +254,8 @@ def test_broken_word_list_and_identity_file(tmp_path):
              ("[]\n", False), ("{}", False), ("", False)]
     for text, good in files:
         (tmp_path / "identity").write_text(text)
-        assert (tasks.check_identity_file(tmp_path / "identity") == "") is good
-    row = tasks.identity_file_row([{"role": "user"}, {"role": "assistant"}, {"role": "user"}])
+        assert (downloaded.check_identity_file(tmp_path / "identity") == "") is good
+    row = downloaded.identity_file_row([{"role": "user"}, {"role": "assistant"}, {"role": "user"}])
     assert len(row["messages"]) == 2, "a last question without an answer is left out"
 
 
@@ -263,12 +265,12 @@ def test_broken_word_list_and_identity_file(tmp_path):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A task_data/ made of links into the mirror."""
-    for task, (url, names) in tasks.SOURCES.items():
+    for task, (url, names) in downloaded.SOURCES.items():
         for name in names:
             link = tmp_path / "task_data" / task / name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(os.path.join(os.path.abspath(HUB), url.split("://")[1], name))
-    for module in (tasks, spelling):
+    for module in (downloaded, spelling):
         monkeypatch.setattr(module, "base_path", lambda *parts: str(tmp_path.joinpath(*parts)))
     spelling.words.cache_clear()
     yield
@@ -288,7 +290,7 @@ def test_every_real_row_renders_and_its_reference_answer_is_right(hub):
             ids, mask = TOKENIZER.render_conversation(row)
             assert len(ids) == len(mask) and sum(mask) > 0, row
             if "kind" in row:
-                assert tasks.check(row, tasks.reference_answer(row)), row
+                assert tasks.check(row, reference_answer(row)), row
     assert len(spelling.words("train")) > 300_000
 
 
@@ -309,5 +311,5 @@ def test_the_calculator_agrees_with_every_annotation(hub):
 def test_nobody_denies_a_name_and_then_gives_it():
     for name in ("Anna", "max", "GPT-4"):
         for i in range(2000):
-            *_, asked, answer = identity.conversation(i, name, "", "", "train")["messages"]
+            *_, asked, answer = conversation(i, name, "", "", "train")["messages"]
             assert name.lower() not in asked["content"].lower(), (asked, answer)
