@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 LOGIT_CAP = 15.0       # logits live in (-15, 15): 15 * tanh(logits / 15)
 ROPE_BASE = 10000.0    # the slowest rotary channel turns once in about 2 pi * 10,000 tokens
 CHUNK_LOGITS = 2 ** 28 # logits made at a time on a GPU: 4,096 tokens at V = 65,536, 1 GB in float32
-CHUNK_CPU = 128        # tokens at a time on a CPU: fewer make thin matrices
+CHUNK_CPU = 256        # tokens at a time on a CPU: fewer make thin matrices
 
 
 @dataclass
