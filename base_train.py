@@ -77,17 +77,18 @@ machine = runtime.start(device, dtype, meta)
 model_config = GPTConfig(sequence_len=max_seq_len, vocab_size=tokenizer.vocab_size, **model_shape(depth, head_dim))
 params, flops = num_params(**vars(model_config)), flops_per_token(**vars(model_config))
 rows = rows_per_step(total_batch_size, max_seq_len)
-runtime.choose_numerics(machine, dtype, meta and meta["machine"], checkpoint_dir, model_config, rows)
-B, rank_rows, grad_accum_steps = micro_batches(
-    rows, WORLD_SIZE, device_batch_size or micro_batch_of(meta), machine.free_memory(), vars(model_config),
-    machine.dtype.itemsize, gradient_checkpointing)
 tokens_per_step = rows * max_seq_len
 total_steps = num_iterations or round(target_param_data_ratio * params["total"] / tokens_per_step)
 if total_steps < 1:
     raise SystemExit(f"num_iterations={num_iterations}, target_param_data_ratio={target_param_data_ratio}: no step to train")
+token_seconds = runtime.choose_numerics(machine, dtype, meta and meta["machine"], checkpoint_dir, lambda: GPT(model_config), rows)
+B, rank_rows, grad_accum_steps = micro_batches(
+    rows, WORLD_SIZE, device_batch_size or micro_batch_of(meta), machine.free_memory(), vars(model_config),
+    machine.dtype.itemsize, gradient_checkpointing)
 print0(f"d{depth}: {params['total']:,} parameters, {total_steps:,} steps of {rows} rows = {tokens_per_step:,} tokens "
        f"({grad_accum_steps} x {WORLD_SIZE} micro-batches of {B}), {total_steps * tokens_per_step:,} in all")
-print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads")
+print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads" +
+       (f"; about {duration(token_seconds * total_steps * tokens_per_step)} for all steps" if token_seconds else ""))
 
 if core_metric_every:
     fetch_bundle()                                               # now, so that what is missing is missed at once

@@ -82,7 +82,11 @@ if meta:
     load_optimizers(checkpoint_dir, optimizers, meta)
 forward = torch.compile(model, dynamic=False) if compile_model and machine.device.type == "cuda" else model
 
-# the mixture: what the model is to become is decided here
+# The mixture: what the model is to become is decided here. Of a conversation only what the assistant says is scored;
+# the original nanochat scores every token. Measured 2026-11 (d4, vocabulary 8,192, 1.1 M tokens of pretraining, then
+# 250 steps of 4,096 tokens either way): bits per byte of held-out answers 2.662 so and 2.603 with every token scored;
+# right letters 154 and 156 of 600 in ARC-Easy, 141 and 142 of 600 in MMLU, both guessing. A base that has hardly begun
+# gains from each word it reads; what a whole base gains is not measured yet.
 who = dict(name=assistant_name or "nanochat", maker=assistant_maker, facts=assistant_facts)
 own_identity = identity(**who, size=identity_rows) if embedded or assistant_name else identity_file()
 if not embedded:
@@ -100,7 +104,7 @@ else:
     # of 0.6, 416 with 0.33 and 445 with 0.85; measured 2026-11
     train_data = Mixture([
         own_identity,
-        docstrings("train"),
+        docstrings("train", 1500),
         spelling_bee(spelling_bee_rows, "train", varied=False),
         simple_spelling(spelling_rows, "train", pseudo=0.6, pieces=tokenizer.letter_tokens()),
     ])

@@ -43,17 +43,20 @@ plan() {
         --num_shards="$DATA_SHARDS" --vocab_size="$VOCAB_SIZE" --device_batch_size="$DEVICE_BATCH_SIZE" --num_processes="$NPROC" \
         --gradient_checkpointing="$GRADIENT_CHECKPOINTING" --known="$VARIABLES" --given="$(compgen -e)"
 }
-# before anything is downloaded; the plan needs a Python but no packages
-if command -v python3 >/dev/null; then plan python3; else . ./setup.sh; plan python; fi
-case "${PLAN:-0}" in 0) ;; *) exit 0 ;; esac
+# before anything is downloaded; the plan needs a Python but no packages, and with torch it can time a CPU
+planned=0; case "${PLAN:-0}" in 0) ;; *) planned=1 ;; esac
+if [ "$planned" = 1 ] && [ -x .venv/bin/python ]; then plan .venv/bin/python
+elif command -v python3 >/dev/null; then plan python3; else . ./setup.sh; plan python; fi
+if [ "$planned" = 1 ]; then exit 0; fi
 
 . ./setup.sh
 if [ "$CONFIG" != tiny ] && nvidia-smi >/dev/null 2>&1 && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "pipeline: there is a GPU, but this torch can't use it; update the NVIDIA driver, or install a torch built for it into .venv" >&2
     exit 1
 fi
-# a waiting thread sleeps: measured, 3 times faster on CPU cores that are shared with other programs
-export OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
+# a CPU thread that has nothing to do looks for work some microseconds long, then sleeps: sleeping at once makes a step
+# 1.4 times slower on a quiet machine; for a busy one runtime.py finds by timing that one thread is faster than two
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} PYTHONUNBUFFERED=1
 
 if [ "$CONFIG" = tiny ]; then
     base_flags=(config/tiny_base.py) mid_flags=(config/tiny_mid.py) sft_flags=(config/tiny_sft.py ${SFT_BATCH_SIZE:+"--device_batch_size=$SFT_BATCH_SIZE"})

@@ -32,7 +32,6 @@ SHARD_TOKENS = 52e6            # tokens in a shard of about 250M characters
 SHARD_DISK = 95e6 + 2 * SHARD_TOKENS   # the parquet file and its tokens
 TASK_DISK = 1.6e9              # conversations and questions, and the tokens made from them
 MFU = 0.60                     # share of the peak of a compiled run; assumed, not measured
-CPU_SPEED = 0.15e12            # FLOP/s of two cores in training, measured on the tiny model, 2026-11
 
 
 def misspelt(given, known):
@@ -53,6 +52,17 @@ def gpu():
     return name, int(megabytes) * 2 ** 20
 
 
+def cpu_speed(model, rows):
+    """FLOP/s of this machine's cores in training, timed for some seconds; 0.0 where torch is not installed yet."""
+    try:
+        from plumbing import machine as runtime
+        from model import GPT, GPTConfig
+    except ImportError:
+        return 0.0
+    print("timing a training step ...", flush=True)
+    return flops_per_token(**model) / runtime.time_numerics(GPT(GPTConfig(**model)), rows)["seconds_per_token"]
+
+
 if wrong := misspelt(given.split(), known.split()):
     raise SystemExit(f"{wrong[0]} is set, which nothing reads: did you mean {wrong[1]}? (unset {wrong[0]} to go on without)")
 model = dict(sequence_len=max_seq_len, vocab_size=vocab_size, **model_shape(depth, head_dim))
@@ -64,7 +74,7 @@ mid_steps = mid_iterations or round(0.4e9 / step_tokens)
 sft_steps = sft_iterations or 720
 tokens = dict(base=base_steps * step_tokens, mid=mid_steps * step_tokens, sft=sft_steps * 32 * min(400, max_seq_len))
 name, memory = gpu()
-speed = MFU * peak_flops(name or "A100") if name or num_shards else CPU_SPEED
+speed = MFU * peak_flops(name or "A100") if name or num_shards else cpu_speed(model, rows)
 memory = memory or (40e9 if num_shards else 0)         # planned without a GPU: for an A100 with 40 GB
 B, _, _ = micro_batches(rows, num_processes, device_batch_size, usable_bytes(memory) if memory else CPU_BYTES, model,
                         2 if memory else 4, gradient_checkpointing)
@@ -79,10 +89,11 @@ print(f"  tokens  base {tokens['base'] / 1e6:,.1f}M ({tokens['base'] / params['t
 print(f"  disk    about {disk / 1e9:.1f} GB in {base_path()}")
 if num_shards:
     print(f"  memory  about {gpu_bytes / 1e9:.0f} GB of a GPU's, with micro-batches of {B} rows")
-where = (f"{num_processes} x " if num_processes > 1 else "") + (name or ("an A100" if num_shards else "two CPU cores"))
+where = (f"{num_processes} x " if num_processes > 1 else "") + (name or ("an A100" if num_shards else "these CPU cores"))
 if speed:
     seconds = {stage: n * flops / speed / num_processes for stage, n in tokens.items()}
     print(f"  time    on {where}: base {duration(seconds['base'])}, mid {duration(seconds['mid'])}, fine-tuning "
           f"{duration(seconds['sft'])}, without downloads and tests")
 else:
-    print(f"  time    unknown: there is no entry for {name} in budget.py")
+    print(f"  time    unknown: there is no entry for {name} in budget.py" if name else
+          "  time    pretraining begins with timing a step and says what it will take; after set-up PLAN=1 does that, too")

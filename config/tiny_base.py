@@ -1,11 +1,12 @@
 # CONFIG=tiny, pretraining: the documentation inside the reader's own Python, minutes on a CPU.
 depth = 2                      # 1.4M parameters
-head_dim = 32                  # four heads instead of one
+head_dim = 64                  # two heads: 0.02 bits per byte better than four and faster; one head can't spell
 max_seq_len = 256
 total_batch_size = 2048
 num_iterations = 800
 warmdown_ratio = 0.5           # a short run gains from falling for half of it
-eval_every = 300
+eval_every = 100
+eval_tokens = 16384            # enough for a curve, 3 % of the time
 final_eval_tokens = 1000000    # the whole validation shard
 save_every = 200               # half a minute of work
 core_metric_every = 0          # nothing is downloaded

@@ -13,7 +13,7 @@ from tasks.downloaded import PARQUET, from_parquet
 from tasks.task import must_be
 
 # The first block of code, with or without its language; an answer cut short has no closing fence.
-BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:^[ \t]*```|\Z)",
+BLOCK = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:^[ \t]*```|\Z)",
                    re.DOTALL | re.MULTILINE | re.IGNORECASE)
 
 
@@ -41,7 +41,8 @@ def humaneval_row(row):
 
 
 def extract_code(answer):
-    """The code in an answer: its first ``` block; without one the whole text."""
+    """The code in an answer: its first ``` block; without one the whole text. A line may end as on Windows."""
+    answer = answer.replace("\r\n", "\n")
     block = BLOCK.search(answer)
     return block[1] if block else answer
 

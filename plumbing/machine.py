@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from plumbing.budget import CPU_BYTES, peak_flops, usable_bytes
+from plumbing.budget import CPU_BYTES, flops_per_token, peak_flops, usable_bytes
 from plumbing.common import LOCAL_RANK, RANK, WORLD_SIZE, atomic_write, print0
-from model import GPT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TIMED_FLOPS = 1e11             # of a pass that is timed: about a second on two CPU cores
 
 
 @dataclass
@@ -100,7 +100,7 @@ def use_threads(machine, threads):
     machine.threads = torch.get_num_threads()
 
 
-def choose_numerics(machine, dtype, saved, folder, model_config, rows):
+def choose_numerics(machine, dtype, saved, folder, make_model, rows):
     """
     Settle what the matrices are multiplied in and, on a CPU, with how many threads.
 
@@ -109,18 +109,22 @@ def choose_numerics(machine, dtype, saved, folder, model_config, rows):
     on the next, and next to another busy program two threads can be slower than one: no flag
     tells. The choice is written to `folder` before the first step, so that a run killed before
     its first checkpoint is the same run when it starts again.
+
+    returns the seconds that a token of training takes, 0.0 where nothing was timed
     """
     if not dtype and not saved and machine.device.type == "cpu":
         path = os.path.join(folder, "numerics.json")
         if RANK == 0 and not os.path.exists(path):
-            timed = time_numerics(model_config, rows)
-            print0(f"timed one training step, ms: {timed['milliseconds']}")
+            print0("timing a training step, to choose the number format and the threads ...")
+            timed = time_numerics(make_model(), rows)
+            print0(f"ms for {timed['tokens']:,} tokens: {timed['milliseconds']}")
             with atomic_write(path, "w") as f:
                 json.dump(timed, f)
         barrier()
         with open(path, encoding="utf-8") as f:
             saved = json.load(f)
     use_numerics(machine, dtype, saved)
+    return saved.get("seconds_per_token", 0.0) if saved else 0.0
 
 
 def use_numerics(machine, dtype, saved):
@@ -133,25 +137,30 @@ def use_numerics(machine, dtype, saved):
         use_threads(machine, saved["threads"])
 
 
-def time_numerics(model_config, rows):
-    """The fastest of float32 and bfloat16, one thread and all, for a forward and backward pass."""
-    shape = (min(rows // WORLD_SIZE, 8), model_config.sequence_len)
-    idx = torch.arange(shape[0] * shape[1]).view(shape) % model_config.vocab_size
-    models = {name: GPT(model_config, dtype) for name, dtype in DTYPES.items()}
+def time_numerics(model, rows):
+    """
+    The fastest of float32 and bfloat16, one thread and all, for a forward and backward pass of a
+    step's rows, or of as much of a row as a large model does in about a second.
+    """
+    most = max(64, int(TIMED_FLOPS / flops_per_token(**vars(model.config))))
+    T = min(model.config.sequence_len, most)
+    idx = torch.arange(max(1, min(rows // WORLD_SIZE, 8, most // T)) * T).view(-1, T) % model.config.vocab_size
     counts = {1, cores()} if WORLD_SIZE == 1 else {max(1, cores() // WORLD_SIZE)}
     seconds, begin = {}, time.perf_counter()
     for turn in range(4):                                        # in turns: the machine's mood changes
         if turn and time.perf_counter() - begin > 3:
             break
-        for name, threads in itertools.product(models, sorted(counts)):
+        for name, threads in itertools.product(DTYPES, sorted(counts)):
+            model.compute_dtype = DTYPES[name]
             torch.set_num_threads(threads)
             for _ in range(2):                                   # the first one may only warm up
                 clock = time.perf_counter()
-                models[name](idx, idx).backward()
+                model(idx, idx).backward()
                 seconds[name, threads] = min(time.perf_counter() - clock, seconds.get((name, threads), math.inf))
     # float32 unless another is a tenth faster: it needs no trust
     dtype, threads = min(seconds, key=lambda key: seconds[key] * (1.0 if key[0] == "float32" else 1.1))
-    return dict(device="cpu", dtype=dtype, threads=threads, cores=cores(),
+    return dict(device="cpu", dtype=dtype, threads=threads, cores=cores(), tokens=idx.numel(),
+                seconds_per_token=seconds[dtype, threads] / idx.numel() / WORLD_SIZE,
                 milliseconds={f"{name} x{n}": round(1000 * t) for (name, n), t in seconds.items()})
 
 

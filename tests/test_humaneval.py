@@ -39,6 +39,9 @@ def test_a_row_is_a_question_and_an_answer():
     ("```python\nx = 1\n```", "x = 1\n"),
     ("Sure, here it is:\n```python\nx = 1\n```\nIt works:\n```python\nx = 2\n```", "x = 1\n"),
     ("```\nx = 1\n```", "x = 1\n"), ("```Python \nx = 1\n```", "x = 1\n"), ("```py\nx = 1\n```", "x = 1\n"),
+    ("```python3\nx = 1\n```", "x = 1\n"), ("``` python\nx = 1\n```", "x = 1\n"),
+    ("``` Python3 \nx = 1\n```", "x = 1\n"),
+    ("Here:\r\n```python\r\nx = 1\r\ny = 2\r\n```\r\nDone.", "x = 1\ny = 2\n"),
     ("```python\nx = 1", "x = 1"), ("1. Do it\n   ```python\nx = 1\n   ```", "x = 1\n"),
     ("```python\nx = '```'\n```", "x = '```'\n"), ("x = 1", "x = 1"), ("", "")])
 def test_code_is_taken_out_of_an_answer(answer, code):

@@ -60,7 +60,7 @@ def test_every_weight_is_written_by_init_weights(monkeypatch):
 @pytest.mark.parametrize("chunk", [1, 5, 10_000])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_chunked_loss_and_its_gradients_are_those_of_the_plain_one(monkeypatch, chunk, masked):
-    monkeypatch.setattr(model_module, "CHUNK_CPU", chunk * 50)
+    monkeypatch.setattr(model_module, "CHUNK_CPU", chunk)
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(23, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     w = torch.randn(50, 8, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -74,6 +74,16 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_plain_one(monkeypat
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     for g, v in zip(got, want):                          # float32 inside, so not to the last digit
         torch.testing.assert_close(g / 3, v, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_finite_and_right_where_the_cap_is_reached():
+    x = torch.tensor([[1000.0, 0.0], [-1000.0, 1000.0]], requires_grad=True)
+    w = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    y = torch.tensor([1, 0])                             # as wrong as can be
+    plain = F.cross_entropy(LOGIT_CAP * torch.tanh((x @ w.t()) / LOGIT_CAP), y, reduction="sum")
+    loss = CappedCrossEntropy.apply(x, w, y)
+    loss.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6) and torch.isfinite(x.grad).all() and torch.isfinite(w.grad).all()
 
 
 def test_the_sum_of_the_token_losses_is_the_loss():

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import tasks
+from tasks import downloaded as tasks
 from conftest import reference_answer
 from tasks import downloaded, spelling
 from tasks.identity import conversation, held_out_questions
