@@ -8,25 +8,19 @@ run     python base_train.py --depth=12
         torchrun --standalone --nproc_per_node=2 base_train.py --depth=12
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
-import os
 import time
 
 import torch
 
-from plumbing import machine as runtime
-from plumbing.background import start_background
-from plumbing.budget import eval_rows, flops_per_token, micro_batches, model_shape, num_params, rows_per_step
-from checkpoint import (continue_from, load_optimizers, load_weights, micro_batch_of, save_checkpoint, stage_folder,
-                        tokenizer_of)
-from plumbing.common import RANK, WORLD_SIZE, Log, Progress, base_path, due, duration, lr_multiplier, print0
-from plumbing.configurator import configure
-from evals.core import evaluate_core, fetch_bundle
-from data import VAL_SHARD, TokenStream, make_token_files, shard_path, token_path, train_shards
-from engine import Engine, printable
-from evals.metrics import continue_prompts, evaluate_bpb, to_device
+from checkpoint import continue_from, load_optimizers, load_weights, save_checkpoint, stage_folder, tokenizer_of
+from data import text_streams, train_shards
+from evals import core, metrics
 from model import GPT, GPTConfig
-from muon import build_optimizers, set_schedule
-from tokenizer import load_tokenizer
+from muon import build_optimizers, lr_multiplier, set_schedule
+from plumbing import budget
+from plumbing.common import Log, Progress, due, duration, print0
+from plumbing.configurator import configure
+from plumbing.machine import choose_numerics, finish, memory_advice, reduce_and_clip, start, to_device
 
 # model
 depth = 12                     # layers; the one dial of model size: width is 64 x depth
@@ -70,37 +64,32 @@ config = configure(globals())  # python base_train.py config/x.py --num_iteratio
 checkpoint_dir = stage_folder("base", model_tag or f"d{depth}")
 meta = continue_from("base", checkpoint_dir, config, resume)
 start_step = meta["step"] if meta else 0
-tokenizer = tokenizer_of(checkpoint_dir, meta) if meta else load_tokenizer()
-machine = runtime.start(device, dtype, meta)
+tokenizer = tokenizer_of(checkpoint_dir, meta)
+machine = start(device, dtype, meta)
 
-# the model and the batch: all sizes follow from depth; a step has rows, so many at a time fit into memory
-model_config = GPTConfig(sequence_len=max_seq_len, vocab_size=tokenizer.vocab_size, **model_shape(depth, head_dim))
-params, flops = num_params(**vars(model_config)), flops_per_token(**vars(model_config))
-rows = rows_per_step(total_batch_size, max_seq_len)
+# the model and the length of the run: all sizes follow from depth
+model_config = GPTConfig(sequence_len=max_seq_len, vocab_size=tokenizer.vocab_size, **budget.model_shape(depth, head_dim))
+params, flops = budget.num_params(**vars(model_config)), budget.flops_per_token(**vars(model_config))
+rows = budget.rows_per_step(total_batch_size, max_seq_len)
 tokens_per_step = rows * max_seq_len
 total_steps = num_iterations or round(target_param_data_ratio * params["total"] / tokens_per_step)
 if total_steps < 1:
     raise SystemExit(f"num_iterations={num_iterations}, target_param_data_ratio={target_param_data_ratio}: no step to train")
-token_seconds = runtime.choose_numerics(machine, dtype, meta and meta["machine"], checkpoint_dir, lambda: GPT(model_config), rows)
-B, rank_rows, grad_accum_steps = micro_batches(
-    rows, WORLD_SIZE, device_batch_size or micro_batch_of(meta), machine.free_memory(), vars(model_config),
-    machine.dtype.itemsize, gradient_checkpointing)
-print0(f"d{depth}: {params['total']:,} parameters, {total_steps:,} steps of {rows} rows = {tokens_per_step:,} tokens "
-       f"({grad_accum_steps} x {WORLD_SIZE} micro-batches of {B}), {total_steps * tokens_per_step:,} in all")
+token_seconds = choose_numerics(machine, dtype, meta and meta["machine"], checkpoint_dir, lambda: GPT(model_config), rows)
+B = machine.micro_batch(rows, vars(model_config), meta, device_batch_size, gradient_checkpointing)
+print0(f"d{depth}: {params['total']:,} parameters, {total_steps * tokens_per_step:,} tokens in "
+       f"{budget.steps_text(total_steps, rows, max_seq_len, B)}")
 print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads" +
        (f"; about {duration(token_seconds * total_steps * tokens_per_step)} for all steps" if token_seconds else ""))
 
 if core_metric_every:
-    fetch_bundle()                                               # now, so that what is missing is missed at once
+    core.fetch_bundle()                                          # now, so that what is missing is missed at once
 
 # the data: the list of shards is fixed at step 0, so that a resumed run reads the same stream
-shards = meta["shards"] if meta else [os.path.basename(path) for path in train_shards(num_shards)]
-train_paths, val_path = [base_path("base_data", name) for name in shards], shard_path(VAL_SHARD)
-background = start_background(make_token_files, [val_path, *train_paths], tokenizer)
-train_stream = TokenStream([token_path(path, tokenizer) for path in train_paths], background)
-val_stream = TokenStream([token_path(val_path, tokenizer)], background)
+shards = meta["shards"] if meta else train_shards(num_shards)
+train_stream, val_stream = text_streams(shards, tokenizer)
 token_bytes = torch.from_numpy(tokenizer.token_bytes()).long().to(machine.device)
-few_rows, many_rows = eval_rows(max_seq_len, tokens_per_step, total_steps, eval_every, eval_tokens, final_eval_tokens)
+few_rows, many_rows = budget.eval_rows(max_seq_len, tokens_per_step, total_steps, eval_every, eval_tokens, final_eval_tokens)
 
 # weights, optimizers, and where a run that stopped had got to
 torch.manual_seed(seed)                                         # the same first weights on every rank
@@ -121,9 +110,9 @@ for step in range(start_step, total_steps + 1):
 
     # once in a while: bits per byte, then save; what may fail or run out of memory comes after
     if due(step, eval_every, last):
-        with runtime.memory_advice(B, rank_rows):
-            val_bpb = evaluate_bpb(forward, val_stream, token_bytes, many_rows if last else few_rows,
-                                   B, max_seq_len, machine.device)
+        with memory_advice(B, rows):
+            val_bpb = metrics.evaluate_bpb(model, val_stream, token_bytes, many_rows if last else few_rows,
+                                           B, max_seq_len, machine.device)
         print0(f"step {step:5d}/{total_steps} | val bpb {val_bpb:.4f}")
         log.write(step, val_bpb=val_bpb)
     if step > start_step and due(step, save_every, last):
@@ -132,11 +121,10 @@ for step in range(start_step, total_steps + 1):
             shards=shards, config=config,
             tokenizer=tokenizer.fingerprint, params=params, flops_per_token=flops, rows=rows,
             device_batch_size=B, machine=machine.describe(), peak_memory=machine.peak_memory()))
-    if RANK == 0 and due(step, sample_every, last):
-        for prompt, text in continue_prompts(Engine(model, tokenizer)):
-            print0(f"  {prompt} |{printable(text)!r}")
+    if due(step, sample_every, last):
+        metrics.print_samples(model, tokenizer)
     if core_metric_every and due(step, core_metric_every, last):
-        _, core_score = evaluate_core(model, tokenizer, core_metric_max_per_task)
+        _, core_score = core.evaluate_core(model, tokenizer, core_metric_max_per_task)
         print0(f"step {step:5d}/{total_steps} | CORE {core_score:.4f}")
         log.write(step, core=core_score)
     if last:
@@ -145,20 +133,23 @@ for step in range(start_step, total_steps + 1):
     # one optimizer step: the loss summed over all targets of the step, divided by their number
     machine.synchronize()
     clock = time.perf_counter()
-    x, y = train_stream.batch_at(step * rows + RANK * rank_rows, rank_rows, max_seq_len, (step + 1) * rows)
+    x, y = train_stream.step_rows(step, rows, max_seq_len)
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
     rates = set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
-    with runtime.memory_advice(B, rank_rows):
-        for first in range(0, rank_rows, B):
+    with memory_advice(B, rows):
+        for first in range(0, len(x), B):
             micro = slice(first, first + B)
             loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device)) / tokens_per_step
             loss.backward()
             train_loss += loss.detach()
-    train_loss, grad_norm = runtime.update_weights(model, optimizers, step, train_loss, grad_clip)
+    train_loss, grad_norm = reduce_and_clip(model, step, train_loss, grad_clip)     # a run that has diverged ends here
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
     machine.synchronize()
     progress.update(step, train_loss, grad_norm, rates, tokens_per_step, time.perf_counter() - clock)
 
 print0(f"base_train: {total_steps} steps in {duration(progress.seconds)}, val bpb {val_bpb:.4f}, "
        f"peak memory {machine.peak_memory() / 1e9:.1f} GB")
-runtime.finish()
+finish()

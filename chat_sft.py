@@ -10,21 +10,19 @@ run     python chat_sft.py
         python chat_sft.py config/tiny_sft.py --resume=1
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
-import os
 import time
 
 import torch
 
-from plumbing import machine as runtime
-from plumbing.budget import flops_per_token, micro_batches
-from checkpoint import (continue_from, find_parent, load_model, load_optimizers, micro_batch_of, save_checkpoint, source_of,
-                        stage_folder)
-from plumbing.common import RANK, WORLD_SIZE, Log, Progress, due, duration, lr_multiplier, print0
-from data import padded_batch
-from plumbing.configurator import configure
+from checkpoint import continue_from, find_parent, load_model, load_optimizers, save_checkpoint, source_of, stage_folder
+from data import my_batches
 from engine import Engine
-from evals.metrics import evaluate_loss, evaluate_task, to_device
-from muon import build_optimizers, set_schedule
+from evals import metrics
+from muon import build_optimizers, lr_multiplier, set_schedule
+from plumbing import budget
+from plumbing.common import Log, Progress, due, duration, print0
+from plumbing.configurator import configure
+from plumbing.machine import finish, memory_advice, reduce_and_clip, start, sum_over_ranks, to_device
 from tasks import (Mixture, all_tests, arc, check, docstrings, gsm8k, identity, identity_file, simple_spelling, smoltalk,
                    spelling_bee, who_is)
 
@@ -73,9 +71,13 @@ parent = source_of(source, source_folder, source_meta)
 checkpoint_dir = stage_folder("sft", model_tag or parent["tag"])
 meta = continue_from("sft", checkpoint_dir, config, resume, parent)
 start_step = meta["step"] if meta else 0
-machine = runtime.start(device, dtype, meta or source_meta)
+machine = start(device, dtype, meta or source_meta)
 
-free_bytes = machine.free_memory()                              # before the weights are there
+# the batch, fitted to the memory before the weights are in it
+shape, rows = source_meta["model_config"], target_examples_per_step
+max_seq_len, flops = shape["sequence_len"], budget.flops_per_token(**shape)
+B = machine.micro_batch(rows, shape, meta, device_batch_size, gradient_checkpointing)
+
 # weights: those where this stage had got to, or the stage before's
 model, tokenizer = load_model(checkpoint_dir if meta else source_folder, meta or source_meta, machine,
                               gradient_checkpointing)
@@ -106,15 +108,9 @@ else:
     val_data = Mixture([identity(**who, split="test"), docstrings("test", 100), simple_spelling(100, "test")])
 tests = {name: test for name, test in all_tests(embedded, who).items() if name in QUICK_TESTS}
 
-# the batch
-max_seq_len, flops = model.config.sequence_len, flops_per_token(**vars(model.config))
-rows = target_examples_per_step
-B, rank_rows, grad_accum_steps = micro_batches(
-    rows, WORLD_SIZE, device_batch_size or micro_batch_of(meta), free_bytes, vars(model.config),
-    machine.dtype.itemsize, gradient_checkpointing)
 total_steps = meta["num_iterations"] if meta else num_iterations or max(1, len(train_data) // rows)
-print0(f"{len(train_data):,} conversations, {total_steps:,} steps of {rows} "
-       f"({grad_accum_steps} x {WORLD_SIZE} micro-batches of {B}), {total_steps * rows / len(train_data):.2f} epochs")
+print0(f"{len(train_data):,} conversations, {total_steps * rows / len(train_data):.2f} epochs in "
+       f"{budget.steps_text(total_steps, rows, max_seq_len, B)}")
 print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads")
 
 val_loss = meta["val_loss"] if meta else None
@@ -126,11 +122,9 @@ for step in range(start_step, total_steps + 1):
 
     # once in a while: the loss on held-out answers, then save; what may fail comes after
     if due(step, eval_every, last):
-        count = min(eval_examples, len(val_data))
-        batches = (padded_batch(val_data, range(i, min(i + B, count)), tokenizer, max_seq_len)
-                   for i in range(RANK * B, count, WORLD_SIZE * B))
-        with runtime.memory_advice(B, rank_rows, "SFT_BATCH_SIZE"):
-            val_loss = evaluate_loss(model, batches, machine.device)
+        batches = my_batches(val_data, 0, min(eval_examples, len(val_data)), B, tokenizer, max_seq_len)
+        with memory_advice(B, rows, "SFT_BATCH_SIZE"):
+            val_loss = metrics.evaluate_loss(model, batches, machine.device)
         print0(f"step {step:5d}/{total_steps} | val loss {val_loss:.4f}")
         log.write(step, val_loss=val_loss)
     if step > start_step and due(step, save_every, last):
@@ -141,7 +135,7 @@ for step in range(start_step, total_steps + 1):
             peak_memory=machine.peak_memory()))
     if eval_metrics_max_problems and due(step, eval_metrics_every, last):
         for name, task in tests.items():
-            right, total = evaluate_task(Engine(model, tokenizer), task, check, eval_metrics_max_problems, 128)
+            right, total = metrics.evaluate_task(Engine(model, tokenizer), task, check, eval_metrics_max_problems, 128)
             print0(f"step {step:5d}/{total_steps} | {name}: {right} of {total}")
             log.write(step, test=name, right=right, total=total)
     if last:
@@ -150,23 +144,24 @@ for step in range(start_step, total_steps + 1):
     # one optimizer step: the loss summed over all scored tokens of the step, divided by their number
     machine.synchronize()
     clock = time.perf_counter()
-    first_row = step * rows + RANK * rank_rows
-    batches = [padded_batch(train_data, range(first_row + i, first_row + i + B), tokenizer, max_seq_len)
-               for i in range(0, rank_rows, B)]
-    num_tokens, num_targets = runtime.sum_over_ranks([sum(x.size for x, y in batches),
-                                                      sum((y >= 0).sum() for x, y in batches)], machine.device)
+    batches = list(my_batches(train_data, step * rows, rows, B, tokenizer, max_seq_len))
+    num_tokens, num_targets = sum_over_ranks([sum(x.size for x, y in batches), sum((y >= 0).sum() for x, y in batches)],
+                                             machine.device)
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
     rates = set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
-    with runtime.memory_advice(B, rank_rows, "SFT_BATCH_SIZE"):
+    with memory_advice(B, rows, "SFT_BATCH_SIZE"):
         for x, y in batches:
             loss = model(to_device(x, machine.device), to_device(y, machine.device)) / max(1, num_targets)
             loss.backward()
             train_loss += loss.detach()
-    train_loss, grad_norm = runtime.update_weights(model, optimizers, step, train_loss, grad_clip)
+    train_loss, grad_norm = reduce_and_clip(model, step, train_loss, grad_clip)     # a run that has diverged ends here
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
     machine.synchronize()
     progress.update(step, train_loss, grad_norm, rates, num_tokens, time.perf_counter() - clock)
 
 print0(f"chat_sft: {total_steps} steps in {duration(progress.seconds)}, val loss {val_loss:.4f}, "
        f"peak memory {machine.peak_memory() / 1e9:.1f} GB")
-runtime.finish()
+finish()

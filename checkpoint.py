@@ -200,7 +200,9 @@ def set_aside(stage, folder, meta):
 
 
 def tokenizer_of(folder, meta):
-    """The tokenizer that a checkpoint was trained with; SystemExit where it is not the one in place."""
+    """The tokenizer in place; SystemExit where it is not the one a checkpoint (its meta; None = no such) was trained with."""
+    if meta is None:
+        return load_tokenizer()
     place = base_path("tokenizer")
     if not os.path.exists(os.path.join(place, "meta.json")):
         raise SystemExit(f"{place}: no tokenizer here; copy the tokenizer/ folder that belongs to {folder} to this place "
@@ -210,11 +212,6 @@ def tokenizer_of(folder, meta):
         raise SystemExit(f"{folder}: was trained with another tokenizer than the one in {place}; put its own back, or "
                          "move the folder away")
     return tokenizer
-
-
-def micro_batch_of(meta):
-    """The micro-batch of the run that is continued, so that it rounds alike; 0 where it must be chosen anew."""
-    return meta["device_batch_size"] if meta and meta["world_size"] == WORLD_SIZE else 0
 
 
 def load_weights(folder, model, meta):

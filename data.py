@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from plumbing.common import RANK, TASK_CODE, atomic_write, base_path, code_hash
+from plumbing.background import start_background
+from plumbing.common import RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash
 
 VAL_SHARD = 1822       # the last one of the set, never trained on
 GROUP = 1024           # documents in a row group, the unit in which shards are read
@@ -49,23 +50,22 @@ def write_shard(path, texts):
 
 def train_shards(num_shards):
     """
-    The paths of the training shards, in order; the checkpoint's meta keeps the list.
+    The names of the training shards in base_data/, in order; the checkpoint's meta keeps the list.
 
     num_shards: shards 0 .. num_shards-1, on disk already or still to come; 0 = all on disk now
     """
     if num_shards > VAL_SHARD:
         raise SystemExit(f"num_shards={num_shards}: the set has {VAL_SHARD} training shards")
     if num_shards > 0:
-        return [shard_path(i) for i in range(num_shards)]
+        return [os.path.basename(shard_path(i)) for i in range(num_shards)]
     folder = base_path("base_data")
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    names = [name for name in names if re.fullmatch(r"shard_\d{5}\.parquet", name)]
-    paths = [os.path.join(folder, name) for name in names]
-    paths = [path for path in paths if path != shard_path(VAL_SHARD)]
-    if not paths:
+    names = [name for name in names if re.fullmatch(r"shard_\d{5}\.parquet", name)
+             and name != os.path.basename(shard_path(VAL_SHARD))]
+    if not names:
         raise SystemExit(f"{folder}: no training shards here; run: python prepare.py -n 8 "
                          "(or, without a network: python prepare.py --embedded=1)")
-    return paths
+    return names
 
 
 def read_batches(path):
@@ -165,6 +165,13 @@ def make_token_files(shards, tokenizer):
         print(f"{os.path.basename(path)}: {num_tokens:,} tokens in {seconds:.1f} s", flush=True)
 
 
+def text_streams(shards, tokenizer):
+    """(training, validation) TokenStreams of shards by name; a process beside the trainer makes the token files."""
+    train, val = [base_path("base_data", name) for name in shards], shard_path(VAL_SHARD)
+    making = start_background(make_token_files, [val, *train], tokenizer)
+    return TokenStream([token_path(path, tokenizer) for path in train], making), TokenStream([token_path(val, tokenizer)], making)
+
+
 def wait_for_shard(path):
     """Return when path is there; SystemExit when nothing arrives in its folder any more."""
     name, folder = os.path.basename(path), os.path.dirname(path)
@@ -187,20 +194,25 @@ def wait_for_shard(path):
 # 3. Conversations as token files: one after the other like text, cut wherever a row ends, nothing padded or lost.
 
 
-def conversation_files(folder, conversations, tokenizer, split):
+def conversation_streams(folder, train, val, tokenizer):
     """
-    The token files that a mixture will have, in `folder`; those of another mixture there go.
+    (training, validation) TokenStreams of two mixtures; their token files are made in `folder` by another process.
 
-    The name holds a hash of the tokenizer, of the mixture and of the code that makes the
+    A file's name holds a hash of the tokenizer, of the mixture and of the code that makes the
     conversations, so that an edited template is never answered with yesterday's tokens.
     """
-    made_by = [code_hash(name) for name in TASK_CODE]
-    key = hashlib.sha256(f"{tokenizer.fingerprint} {conversations!r} {len(conversations)} {made_by}".encode()).hexdigest()[:16]
-    for old in glob.glob(os.path.join(folder, f"{split}_*")):
-        if RANK == 0 and not os.path.basename(old).startswith(f"{split}_{key}"):
-            os.remove(old)
-    count = -(-len(conversations) // FILE_CONVERSATIONS)
-    return [os.path.join(folder, f"{split}_{key}.{k:05d}.bin") for k in range(count)]
+    files, made_by = {}, [code_hash(name) for name in TASK_CODE]
+    for split, mixture in (("train", train), ("val", val)):
+        key = hashlib.sha256(f"{tokenizer.fingerprint} {mixture!r} {len(mixture)} {made_by}".encode()).hexdigest()[:16]
+        for old in glob.glob(os.path.join(folder, f"{split}_*")):
+            if RANK == 0 and not os.path.basename(old).startswith(f"{split}_{key}"):
+                os.remove(old)
+        count = -(-len(mixture) // FILE_CONVERSATIONS)
+        files[split] = [os.path.join(folder, f"{split}_{key}.{k:05d}.bin") for k in range(count)]
+    # first what is needed first
+    jobs = [(files["train"][:1], train), (files["val"], val), (files["train"], train)]
+    making = start_background(make_conversation_files, jobs, tokenizer)
+    return TokenStream(files["train"], making), TokenStream(files["val"], making)
 
 
 def make_conversation_files(jobs, tokenizer):
@@ -281,12 +293,14 @@ class TokenStream:
         self.files.append((tokens, mask))
         self.ends.append((self.ends[-1] if self.ends else 0) + len(tokens))
 
+    def step_rows(self, step, rows, T):
+        """This rank's share of the rows of an optimizer step -> x, y (rows / ranks, T): disjoint, together all of them."""
+        share = rows // WORLD_SIZE
+        return self.batch_at(step * rows + RANK * share, share, T, (step + 1) * rows)
+
     def batch_at(self, row, B, T, step_end=0):
         """
         Rows row .. row+B-1: row r begins at token r * T of the ring.
-
-        Rank k of n takes rows (step * n + k) * B and so on: disjoint, and together the same rows
-        that one process would take.
 
         step_end: the row after the step's last, of all ranks; then all wait for the same files, and
             none enters the exchange of gradients while another still waits for text
@@ -343,6 +357,12 @@ def pad_batch(rows, T):
     return x, y
 
 
-def padded_batch(conversations, indices, tokenizer, T):
-    """Conversations as (x, y), one per row, at most T tokens each; see pad_batch."""
-    return pad_batch([render(conversations, i % len(conversations), tokenizer) for i in indices], T)
+def my_batches(conversations, first, count, B, tokenizer, T):
+    """
+    Conversations first ... first + count - 1 (counted on from the start at the end), one per row -> batches (x, y).
+
+    Each rank gets whole batches of B of its own, together all of them; see pad_batch.
+    """
+    for i in range(RANK * B, count, WORLD_SIZE * B):
+        numbers = range(first + i, first + min(i + B, count))
+        yield pad_batch([render(conversations, n % len(conversations), tokenizer) for n in numbers], T)

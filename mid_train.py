@@ -15,16 +15,14 @@ import time
 
 import torch
 
-from plumbing import machine as runtime
-from plumbing.background import start_background
-from plumbing.budget import eval_rows, flops_per_token, micro_batches, rows_per_step
-from checkpoint import (continue_from, find_parent, load_model, load_optimizers, micro_batch_of, save_checkpoint, source_of,
-                        stage_folder)
-from plumbing.common import RANK, WORLD_SIZE, Log, Progress, due, duration, lr_multiplier, print0
+from checkpoint import continue_from, find_parent, load_model, load_optimizers, save_checkpoint, source_of, stage_folder
+from data import conversation_streams, epoch_tokens, remove_files
+from evals import metrics
+from muon import build_optimizers, lr_multiplier, set_schedule
+from plumbing import budget
+from plumbing.common import Log, Progress, due, duration, print0
 from plumbing.configurator import configure
-from data import TokenStream, conversation_files, epoch_tokens, make_conversation_files, remove_files
-from evals.metrics import evaluate_bpb, to_device
-from muon import build_optimizers, set_schedule
+from plumbing.machine import finish, memory_advice, reduce_and_clip, start, sum_over_ranks, to_device
 from tasks import Mixture, docstrings, gsm8k, identity, identity_file, mmlu, simple_spelling, smoltalk, spelling_bee
 
 # where from
@@ -72,9 +70,15 @@ source = source_of("base", base_folder, base_meta)
 checkpoint_dir = stage_folder("mid", model_tag or source["tag"])
 meta = continue_from("mid", checkpoint_dir, config, resume, source)
 start_step = meta["step"] if meta else 0
-machine = runtime.start(device, dtype, meta or base_meta)
+machine = start(device, dtype, meta or base_meta)
 
-free_bytes = machine.free_memory()                              # before the weights are there
+# the batch: by default as large as in pretraining; fitted to the memory before the weights are in it
+shape = base_meta["model_config"]
+max_seq_len, flops = shape["sequence_len"], budget.flops_per_token(**shape)
+rows = budget.rows_per_step(total_batch_size, max_seq_len) if total_batch_size else base_meta["rows"]
+tokens_per_step = rows * max_seq_len
+B = machine.micro_batch(rows, shape, meta, device_batch_size, gradient_checkpointing)
+
 # weights: those where this stage had got to, or the base model's
 model, tokenizer = load_model(checkpoint_dir if meta else base_folder, meta or base_meta, machine, gradient_checkpointing)
 optimizers = build_optimizers(model, matrix_lr * init_lr_frac, embedding_lr * init_lr_frac, unembedding_lr * init_lr_frac)
@@ -111,25 +115,14 @@ else:
     val_data = Mixture([identity(**who, split="test"), docstrings("test", 100), simple_spelling(100, "test"),
                         spelling_bee(50, "test", varied=False)])
 token_dir = os.path.join(checkpoint_dir, "tokens")
-train_files = conversation_files(token_dir, train_data, tokenizer, "train")
-val_files = conversation_files(token_dir, val_data, tokenizer, "val")
-jobs = [(train_files[:1], train_data), (val_files, val_data), (train_files, train_data)]   # first what is needed first
-background = start_background(make_conversation_files, jobs, tokenizer)
-train_stream, val_stream = TokenStream(train_files, background), TokenStream(val_files, background)
+train_stream, val_stream = conversation_streams(token_dir, train_data, val_data, tokenizer)
 token_bytes = torch.from_numpy(tokenizer.token_bytes()).long().to(machine.device)
 
-# the batch: by default as large as in pretraining
-max_seq_len, flops = model.config.sequence_len, flops_per_token(**vars(model.config))
-rows = rows_per_step(total_batch_size, max_seq_len) if total_batch_size else base_meta["rows"]
-B, rank_rows, grad_accum_steps = micro_batches(
-    rows, WORLD_SIZE, device_batch_size or micro_batch_of(meta), free_bytes, vars(model.config),
-    machine.dtype.itemsize, gradient_checkpointing)
-tokens_per_step = rows * max_seq_len
 epoch_steps = epoch_tokens(train_stream, train_data) / tokens_per_step
 total_steps = meta["num_iterations"] if meta else num_iterations or max(1, round(epoch_steps))
-few_rows, many_rows = eval_rows(max_seq_len, tokens_per_step, total_steps, eval_every, eval_tokens, final_eval_tokens)
-print0(f"{len(train_data):,} conversations, {total_steps:,} steps of {rows} rows = {tokens_per_step:,} tokens "
-       f"({grad_accum_steps} x {WORLD_SIZE} micro-batches of {B}), {total_steps / epoch_steps:.2f} epochs")
+few_rows, many_rows = budget.eval_rows(max_seq_len, tokens_per_step, total_steps, eval_every, eval_tokens, final_eval_tokens)
+print0(f"{len(train_data):,} conversations, {total_steps / epoch_steps:.2f} epochs in "
+       f"{budget.steps_text(total_steps, rows, max_seq_len, B)}")
 print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads")
 
 val_bpb = meta["val_bpb"] if meta else None
@@ -141,9 +134,9 @@ for step in range(start_step, total_steps + 1):
 
     # once in a while: bits per byte of the answers, then save
     if due(step, eval_every, last):
-        with runtime.memory_advice(B, rank_rows):
-            val_bpb = evaluate_bpb(forward, val_stream, token_bytes, many_rows if last else few_rows,
-                                   B, max_seq_len, machine.device)
+        with memory_advice(B, rows):
+            val_bpb = metrics.evaluate_bpb(model, val_stream, token_bytes, many_rows if last else few_rows,
+                                           B, max_seq_len, machine.device)
         print0(f"step {step:5d}/{total_steps} | val bpb {val_bpb:.4f}")
         log.write(step, val_bpb=val_bpb)
     if step > start_step and due(step, save_every, last):
@@ -158,22 +151,25 @@ for step in range(start_step, total_steps + 1):
     # one optimizer step: the loss summed over all scored tokens of the step, divided by their number
     machine.synchronize()
     clock = time.perf_counter()
-    x, y = train_stream.batch_at(step * rows + RANK * rank_rows, rank_rows, max_seq_len, (step + 1) * rows)
-    [num_targets] = runtime.sum_over_ranks([(y >= 0).sum()], machine.device)
+    x, y = train_stream.step_rows(step, rows, max_seq_len)
+    [num_targets] = sum_over_ranks([(y >= 0).sum()], machine.device)
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
     rates = set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
-    with runtime.memory_advice(B, rank_rows):
-        for first in range(0, rank_rows, B):
+    with memory_advice(B, rows):
+        for first in range(0, len(x), B):
             micro = slice(first, first + B)
             loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device)) / max(1, num_targets)
             loss.backward()
             train_loss += loss.detach()
-    train_loss, grad_norm = runtime.update_weights(model, optimizers, step, train_loss, grad_clip)
+    train_loss, grad_norm = reduce_and_clip(model, step, train_loss, grad_clip)     # a run that has diverged ends here
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
     machine.synchronize()
     progress.update(step, train_loss, grad_norm, rates, tokens_per_step, time.perf_counter() - clock)
 
 remove_files(token_dir)
 print0(f"mid_train: {total_steps} steps in {duration(progress.seconds)}, val bpb {val_bpb:.4f}, "
        f"peak memory {machine.peak_memory() / 1e9:.1f} GB")
-runtime.finish()
+finish()

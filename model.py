@@ -86,15 +86,12 @@ class Attention(nn.Module):
         # norm after the turn: the attention scores are bounded, which keeps training steady
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-        mask, causal = None, True
         if kv_cache is not None:
             k, v = kv_cache.append(self.layer, k, v)                       # (B, H_kv, T_all, D)
-            if T == 1:
-                causal = False                                             # the last token sees all
-            elif k.size(2) > T:
-                causal = False
-                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+        T_all = k.size(2)
+        whole, last = T_all == T, T == 1                                   # nothing came before; one token, which sees all
+        mask = None if whole or last else torch.ones(T, T_all, dtype=torch.bool, device=x.device).tril(T_all - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole and not last,
                                            enable_gqa=self.n_kv_head != self.n_head)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -166,18 +163,44 @@ class GPT(nn.Module):
         """The parameters Muon trains: every matrix between the embedding and the head."""
         return list(self.transformer.h.parameters())
 
-    def forward(self, idx, targets=None, kv_cache=None, positions=None, reduction="sum"):
+    def forward(self, idx, targets=None, kv_cache=None, positions=None):
         """
         idx        (B, T) int64 token ids
         targets    (B, T) int64, the token wanted after each; -1 = not scored
         kv_cache   engine.KVCache: idx continues what it holds, and is added to it
         positions  (B,) int64: the one place in each row whose logits are wanted
 
-        returns  logits (B, T, V) float32, or (B, V) at the positions; with targets the loss in
-                 nats instead: float32, summed over the scored tokens ("sum"), or each token's
-                 own, (B, T), 0 where not scored ("none"), or, row after row and of the n scored
-                 tokens alone, their losses and the likeliest tokens, (n,) and (n,) ("scored")
+        returns  logits (B, T, V) float32, or (B, V) at the positions; with targets the loss instead, in nats,
+                 summed over the scored tokens
         """
+        x = self.trunk(idx, kv_cache)
+        if positions is not None:
+            x = x[torch.arange(len(x), device=x.device), positions]        # (B, C)
+        if targets is None:
+            return capped(self.lm_head(x))
+        x, y = x.flatten(0, 1), targets.flatten()                          # (B*T, C), (B*T,)
+        if x.device.type == "cpu" and (y < 0).any():
+            # a CPU skips the tokens nobody scores; a GPU would have to wait to learn how many there are
+            x, y = x[y >= 0], y[y >= 0]
+        return CappedCrossEntropy.apply(x, self.lm_head.weight, y)
+
+    @torch.no_grad()
+    def score(self, idx, targets, kv_cache=None):
+        """
+        For evaluation: how well the n scored targets are predicted, row after row.
+
+        returns  their losses in nats, (n,) float32, and the likeliest token in the place of each, (n,) int64
+        """
+        x, scored, losses, best = self.trunk(idx, kv_cache), targets >= 0, [], []
+        x, y, w = x[scored], targets[scored], self.lm_head.weight.to(x.dtype)
+        for rows in chunks(x, w):
+            logits = capped(F.linear(x[rows], w))
+            losses.append(F.cross_entropy(logits, y[rows], reduction="none"))
+            best.append(logits.argmax(dim=1))
+        return torch.cat(losses), torch.cat(best)
+
+    def trunk(self, idx, kv_cache=None):
+        """Everything but the output head: (B, T) int64 -> (B, T, C), normalised."""
         start = 0 if kv_cache is None else kv_cache.length
         T = idx.size(1)
         assert start + T <= self.config.sequence_len, f"{start + T} tokens in a context of {self.config.sequence_len}"
@@ -190,36 +213,28 @@ class GPT(nn.Module):
                 x = block(x, cos, sin, kv_cache)
         if kv_cache is not None:
             kv_cache.advance(T)
-        x = norm(x)
-        if positions is not None:
-            x = x[torch.arange(len(x), device=x.device), positions]        # (B, C)
-        if targets is None:
-            # float32 before the tanh: in bf16 the cap would round away what tells tokens apart
-            return LOGIT_CAP * torch.tanh(self.lm_head(x).float() / LOGIT_CAP)
-        x, y = x.flatten(0, 1), targets.flatten()                          # (B*T, C), (B*T,)
-        if reduction == "none":
-            return token_losses(x, self.lm_head.weight, y).view_as(targets)
-        if reduction == "scored":
-            return predictions(x[y >= 0], self.lm_head.weight, y[y >= 0])
-        if x.device.type == "cpu" and (y < 0).any():
-            # a CPU skips the tokens nobody scores; a GPU would have to wait to learn how many there are
-            x, y = x[y >= 0], y[y >= 0]
-        return CappedCrossEntropy.apply(x, self.lm_head.weight, y)
+        return norm(x)
 
 
-def chunk_rows(x, weight):
-    """Tokens whose logits are made at a time."""
-    return CHUNK_CPU if x.device.type == "cpu" else max(1, CHUNK_LOGITS // weight.size(0))
+def capped(logits):
+    """Logits soft-capped to (-15, 15); in float32, where the cap does not round away what tells tokens apart."""
+    return LOGIT_CAP * torch.tanh(logits.float() / LOGIT_CAP)
 
 
-def capped_logits(x, weight):
-    """tanh(x W^T / cap) (n, V) in float32; times LOGIT_CAP these are the logits."""
-    return F.linear(x, weight).float().div_(LOGIT_CAP).tanh_()
+def chunks(x, weight):
+    """Slices over the tokens of x (N, C), so many that their logits (n, V) are not too much at a time."""
+    size = CHUNK_CPU if x.device.type == "cpu" else max(1, CHUNK_LOGITS // weight.size(0))
+    return [slice(start, start + size) for start in range(0, x.size(0), size)]
 
 
 class CappedCrossEntropy(torch.autograd.Function):
     """
-    Summed cross-entropy of softmax(cap * tanh(x W^T / cap)), without ever storing the logits.
+    The loss, without ever storing the logits. What it computes, and its gradients:
+
+        scored = targets >= 0
+        logits = 15 * tanh(x @ weight.T / 15)
+        losses = logsumexp(logits, dim=1) - logits[arange(N), targets]
+        return losses[scored].sum()
 
     At V = 65,536 the logits and their gradient would need as much memory as the whole rest of a
     d12 step. Here they exist for a few thousand tokens at a time: each chunk's loss is taken and
@@ -234,7 +249,7 @@ class CappedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=x.device)
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
         w = weight.to(x.dtype)
-        for rows in split(x, weight):
+        for rows in chunks(x, weight):
             # tanh(u) = 2 sigmoid(2u) - 1, and a softmax does not see a constant: cap * tanh(z / cap) is 2 cap s here
             s = F.linear(x[rows], w).float().mul_(2 / LOGIT_CAP).sigmoid_()          # (n, V)
             p = torch.softmax(2 * LOGIT_CAP * s, dim=1)                              # at least e^-30 / V: has a log
@@ -253,28 +268,3 @@ class CappedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
         return grad_x * grad, grad_w * grad, None
-
-
-def token_losses(x, weight, targets):
-    """The same loss for each token, (N,) float32; for evaluation, without gradients."""
-    w, losses = weight.to(x.dtype), []
-    for rows in split(x, weight):
-        logits = LOGIT_CAP * capped_logits(x[rows], w)
-        losses.append(F.cross_entropy(logits, targets[rows], ignore_index=-1, reduction="none"))
-    return torch.cat(losses)
-
-
-def predictions(x, weight, targets):
-    """The loss of each token and the likeliest one in its place, (N,) both; for evaluation."""
-    w, losses, best = weight.to(x.dtype), [], []
-    for rows in split(x, weight):
-        logits = LOGIT_CAP * capped_logits(x[rows], w)
-        losses.append(F.cross_entropy(logits, targets[rows], reduction="none"))
-        best.append(logits.argmax(dim=1))
-    return torch.cat(losses), torch.cat(best)
-
-
-def split(x, weight):
-    """Slices over the tokens of x, one chunk each."""
-    size = chunk_rows(x, weight)
-    return [slice(start, min(start + size, x.size(0))) for start in range(0, x.size(0), size)]

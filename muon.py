@@ -127,15 +127,31 @@ def build_optimizers(model, matrix_lr, embedding_lr, unembedding_lr):
     return [adamw, muon]
 
 
-def set_schedule(optimizers, lr_multiplier, step):
+def lr_multiplier(step, num_iterations, warmup_ratio, warmdown_ratio, final_lr_frac):
     """
-    Set learning rates and Muon's momentum (0.85 -> 0.95 over the first 300 steps) for this step.
+    What the learning rates are multiplied with at optimizer step `step` (counted from 0).
+
+    A line up over the first warmup_ratio of the run, 1, then a line down to final_lr_frac over
+    the last warmdown_ratio. The line ends at num_iterations, so the last step still moves.
+    """
+    warmup, warmdown = warmup_ratio * num_iterations, warmdown_ratio * num_iterations
+    if step < warmup:
+        return min(1.0, (step + 1) / warmup)
+    left = num_iterations - step
+    if left >= warmdown:
+        return 1.0
+    return final_lr_frac + (1 - final_lr_frac) * left / warmdown
+
+
+def set_schedule(optimizers, multiplier, step):
+    """
+    Set the learning rates (lr_multiplier times what they were built with) and Muon's momentum (0.85 -> 0.95 over the first 300 steps) for this step.
 
     returns dict(matrix_lr, embedding_lr, unembedding_lr), the rates as they are now
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_multiplier
+            group["lr"] = group["initial_lr"] * multiplier
             if "momentum" in group:
                 group["momentum"] = 0.85 + 0.10 * min(step / 300, 1.0)
     adamw, muon = optimizers

@@ -55,7 +55,7 @@ def arriving():
         yield path
 
 
-paths = train_shards(num_shards)
+paths = [base_path("base_data", name) for name in train_shards(num_shards)]
 wait_for_shard(shard_path(VAL_SHARD))              # needed below; better to miss it now
 start = time.time()
 tokenizer, documents, chars = train_tokenizer(arriving(), vocab_size, max_chars, doc_cap,

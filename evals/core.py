@@ -328,7 +328,7 @@ def read(model, items):
     for r, (_, prompt, start) in enumerate(rows):
         x[r, :len(prompt) - 1 - shared] = torch.tensor(prompt[shared:-1])
         y[r, start - 1 - shared:len(prompt) - 1 - shared] = torch.tensor(prompt[start:])
-    losses, best = model(x.to(model.device), y.to(model.device), kv_cache=prefix, reduction="scored")
+    losses, best = model.score(x.to(model.device), y.to(model.device), kv_cache=prefix)
     sizes = [len(prompt) - start for _, prompt, start in rows]
     # float64: the mean of equal losses is that loss, whatever their number
     losses, hits = losses.cpu().double().split(sizes), (best.cpu() == y[y >= 0]).split(sizes)

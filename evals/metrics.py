@@ -11,8 +11,8 @@ from collections import Counter
 import torch
 
 from plumbing.common import RANK, WORLD_SIZE
-from engine import text_of
-from plumbing.machine import sum_over_ranks
+from engine import Engine, printable, text_of
+from plumbing.machine import sum_over_ranks, to_device
 
 # what a base model is asked to go on with: facts, a riddle, a list, an opinion, some algebra
 PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be",
@@ -20,12 +20,6 @@ PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "If yes
            "If 5*x + 3 = 13, then x is"]
 GUESSING = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}   # share that chance has right; 0 for all others
 TIE = 1e-4                     # nats: choices whose (mean) losses are this close count as equal
-
-
-def to_device(array, device):
-    """numpy (B, T) int64 -> tensor on the device, copied while the GPU works."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @torch.no_grad()
@@ -43,14 +37,21 @@ def evaluate_bpb(model, stream, token_bytes, num_rows, B, T, device):
     nats, num_bytes = 0.0, 0
     for first in range(RANK * B, num_rows, WORLD_SIZE * B):
         x, y = (to_device(a, device) for a in stream.batch_at(first, min(B, num_rows - first), T))
-        losses = model(x, y, reduction="none")
-        size = torch.where(y >= 0, token_bytes[y.clamp(min=0)], 0)
+        losses, _ = model.score(x, y)
+        size = token_bytes[y[y >= 0]]
         nats += losses[size > 0].sum().item()
         num_bytes += size.sum().item()
     nats, num_bytes = sum_over_ranks([nats, num_bytes], device)
     if num_bytes == 0:
         raise SystemExit(f"bits per byte: none of the {num_rows} rows scored has a token to learn; use longer rows")
     return nats / math.log(2) / num_bytes
+
+
+def print_samples(model, tokenizer):
+    """What a base model goes on with, on the first rank's console."""
+    if RANK == 0:
+        for prompt, text in continue_prompts(Engine(model, tokenizer)):
+            print(f"  {prompt} |{printable(text)!r}", flush=True)
 
 
 def continue_prompts(engine, max_tokens=16):
@@ -65,7 +66,7 @@ def evaluate_loss(model, batches, device):
     """Mean loss in nats over the scored tokens of (x, y) numpy batches; each rank passes its own."""
     nats, num_targets = 0.0, 0
     for x, y in batches:
-        nats += model(to_device(x, device), to_device(y, device), reduction="none").sum().item()
+        nats += model.score(to_device(x, device), to_device(y, device))[0].sum().item()
         num_targets += int((y >= 0).sum())
     nats, num_targets = sum_over_ranks([nats, num_targets], device)
     return nats / max(1, num_targets)

@@ -100,6 +100,11 @@ def micro_batches(rows, world_size, device_batch_size, free_bytes, model_config,
     return B, rank_rows, rank_rows // B
 
 
+def steps_text(steps, rows, sequence_len, B):
+    """The batch arithmetic for people: "800 steps of 2,048 tokens (8 rows of 256, 8 at a time)"."""
+    return f"{steps:,} steps of {rows * sequence_len:,} tokens ({rows} rows of {sequence_len:,}, {B} at a time)"
+
+
 CPU_BYTES = 1e9                # what a training step may take of a CPU's memory
 
 

@@ -79,22 +79,6 @@ def due(step, every, last):
     return last or (every > 0 and step > 0 and step % every == 0)
 
 
-def lr_multiplier(step, num_iterations, warmup_ratio, warmdown_ratio, final_lr_frac):
-    """
-    What the learning rates are multiplied with at optimizer step `step` (counted from 0).
-
-    A line up over the first warmup_ratio of the run, 1, then a line down to final_lr_frac over
-    the last warmdown_ratio. The line ends at num_iterations, so the last step still moves.
-    """
-    warmup, warmdown = warmup_ratio * num_iterations, warmdown_ratio * num_iterations
-    if step < warmup:
-        return min(1.0, (step + 1) / warmup)
-    left = num_iterations - step
-    if left >= warmdown:
-        return 1.0
-    return final_lr_frac + (1 - final_lr_frac) * left / warmdown
-
-
 class Ema:
     """
     Exponential moving average that is exact from the first value on.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from plumbing.budget import CPU_BYTES, flops_per_token, peak_flops, usable_bytes
+from plumbing.budget import CPU_BYTES, flops_per_token, micro_batches, peak_flops, usable_bytes
 from plumbing.common import LOCAL_RANK, RANK, WORLD_SIZE, atomic_write, print0
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,6 +49,14 @@ class Machine:
         if self.device.type == "cuda":
             return usable_bytes(torch.cuda.mem_get_info()[0])
         return CPU_BYTES
+
+    def micro_batch(self, rows, model_config, meta, device_batch_size, gradient_checkpointing):
+        """B, the rows of a micro-batch: as asked for, as in the run that is continued (it rounds alike), or what fits."""
+        if meta and meta["world_size"] == WORLD_SIZE:
+            device_batch_size = device_batch_size or meta["device_batch_size"]
+        B, _, _ = micro_batches(rows, WORLD_SIZE, device_batch_size, self.free_memory(), model_config, self.dtype.itemsize,
+                                gradient_checkpointing)
+        return B
 
     def describe(self):
         """What goes into a checkpoint's meta: a resumed run takes the same number format and threads."""
@@ -178,13 +186,19 @@ def sum_over_ranks(numbers, device):
     return tensor.tolist()
 
 
-def update_weights(model, optimizers, step, loss, grad_clip):
+def to_device(array, device):
+    """numpy (B, T) int64 -> tensor on the device, copied while the GPU works."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def reduce_and_clip(model, step, loss, grad_clip):
     """
-    The end of an optimizer step: gradients of all ranks added up, clipped, applied, cleared.
+    The gradients of all ranks added up, and scaled down where their norm is above grad_clip (0 = never).
 
     loss     this rank's part of the step's loss, a tensor
     returns  (loss of the whole step, norm of the gradient before clipping) as floats
-    raises   SystemExit before the weights are touched, if the run has diverged
+    raises   SystemExit where one of them is no number: the run has diverged, its weights are untouched
     """
     if WORLD_SIZE > 1:
         for p in model.parameters():
@@ -194,24 +208,21 @@ def update_weights(model, optimizers, step, loss, grad_clip):
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise SystemExit(f"step {step}: loss {loss}, gradient norm {norm}: the training has diverged; the checkpoint on "
                          "the disk is from before; go on with --resume=1 and another dtype, or anew with lower rates")
-    for optimizer in optimizers:
-        optimizer.step()
-    model.zero_grad(set_to_none=True)
     return loss, norm
 
 
 @contextlib.contextmanager
-def memory_advice(device_batch_size, rank_rows, variable="DEVICE_BATCH_SIZE"):
+def memory_advice(device_batch_size, rows, variable="DEVICE_BATCH_SIZE"):
     """
     Turn running out of GPU memory into one line with what helps.
 
-    rank_rows  a rank's rows of a step
-    variable   the drivers' name for the micro-batch of this stage
+    rows      of a step, of all ranks
+    variable  the drivers' name for the micro-batch of this stage
     """
     try:
         yield
     except torch.OutOfMemoryError:
-        smaller = max((d for d in range(1, device_batch_size) if rank_rows % d == 0), default=0)
+        smaller = max((d for d in range(1, device_batch_size) if rows // WORLD_SIZE % d == 0), default=0)
         help_ = f"{variable}={smaller} or --device_batch_size={smaller} (the training stays the same)" if smaller \
             else "GRADIENT_CHECKPOINTING=1 or --gradient_checkpointing=1, or a shorter max_seq_len"
         raise SystemExit(f"out of GPU memory with {device_batch_size} rows per micro-batch; run again with {help_}") from None

@@ -4,23 +4,7 @@ import os
 
 import pytest
 
-from plumbing.common import Ema, Log, Progress, atomic_write, code_hash, due, duration, lr_multiplier, read_log
-
-
-def test_the_learning_rate_stays_and_falls_to_zero_after_the_last_step():
-    rates = [lr_multiplier(step, 10, 0.0, 0.2, 0.0) for step in range(11)]
-    assert rates == pytest.approx([1] * 9 + [0.5, 0.0])
-
-
-def test_the_learning_rate_warms_up_and_ends_at_its_final_share():
-    assert lr_multiplier(0, 100, 0.1, 0.5, 0.05) == pytest.approx(0.1)
-    assert lr_multiplier(9, 100, 0.1, 0.5, 0.05) == pytest.approx(1.0)
-    assert lr_multiplier(75, 100, 0.1, 0.5, 0.05) == pytest.approx(0.525)
-    assert lr_multiplier(100, 100, 0.1, 0.5, 0.05) == pytest.approx(0.05)
-
-
-def test_fine_tuning_falls_all_the_way():
-    assert [lr_multiplier(s, 4, 0.0, 1.0, 0.0) for s in range(4)] == pytest.approx([1, 0.75, 0.5, 0.25])
+from plumbing.common import Ema, Log, Progress, atomic_write, code_hash, due, duration, read_log
 
 
 def test_due_counts_from_step_one_and_zero_means_at_the_end():

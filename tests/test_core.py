@@ -354,10 +354,11 @@ class Oracle:
         i = bisect.bisect_left(self.texts, ids)
         return i < len(self.texts) and self.texts[i][:len(ids)] == ids
 
-    def __call__(self, idx, targets=None, kv_cache=None, positions=None, reduction=""):
-        if targets is None:                                          # the shared beginning: only kept
-            kv_cache.tokens = idx
-            return kv_cache.advance(idx.size(1))
+    def __call__(self, idx, kv_cache, positions):                    # the shared beginning: only kept
+        kv_cache.tokens = idx
+        kv_cache.advance(idx.size(1))
+
+    def score(self, idx, targets, kv_cache=None):
         seen = idx if kv_cache is None else torch.cat((kv_cache.cache.tokens[kv_cache.items], idx), dim=1)
         losses, best = [], []
         for b, t in (targets >= 0).nonzero().tolist():
@@ -415,8 +416,9 @@ def test_scored_tokens_are_those_of_the_logits():
     model = random_model(vocab_size=97)
     idx = torch.randint(0, 97, (3, 11), generator=torch.Generator().manual_seed(0))
     y = torch.where(torch.rand(3, 11, generator=torch.Generator().manual_seed(1)) < 0.4, idx.roll(-1, 1), -1)
-    losses, best = model(idx, y, reduction="scored")
-    assert torch.allclose(losses, model(idx, y, reduction="none")[y >= 0], atol=1e-5)
+    losses, best = model.score(idx, y)
+    plain = F.cross_entropy(model(idx).flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none").view(y.shape)
+    assert torch.allclose(losses, plain[y >= 0], atol=1e-5)
     assert torch.equal(best, model(idx).argmax(dim=-1)[y >= 0])
 
 

@@ -264,7 +264,7 @@ def test_the_validation_shard_comes_first_and_nothing_is_fetched_twice(folder, m
         run_script("prepare.py", "-n", "2", "--num_threads=1")
         run_script("prepare.py", "-n", "2", "--num_threads=1")
     assert [path[-19:-8] for path, _ in seen] == ["shard_01822", "shard_00000", "shard_00001"]
-    assert data.train_shards(0) == data.train_shards(2) == [data.shard_path(0), data.shard_path(1)]
+    assert data.train_shards(0) == data.train_shards(2) == ["shard_00000.parquet", "shard_00001.parquet"]
 
 
 def test_a_missing_shard_ends_the_download_with_an_error(folder, monkeypatch):

@@ -4,7 +4,7 @@ import torch
 
 from plumbing.budget import model_shape
 from model import GPT, GPTConfig
-from muon import Muon, build_optimizers, orthogonalize, set_schedule
+from muon import Muon, build_optimizers, lr_multiplier, orthogonalize, set_schedule
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 64, 16), (2, 16, 64)])
@@ -83,3 +83,19 @@ def test_the_momentum_of_two_ranks_is_shared_out_to_one():
              dict(saved, state={0: {"momentum": torch.arange(24., 36.).view(1, 4, 3)}})]
     optimizer.load_state_dict(optimizer.take_share(parts))
     assert torch.equal(optimizer.state[weights[0]]["momentum"], torch.arange(36.).view(3, 4, 3))
+
+
+def test_the_learning_rate_stays_and_falls_to_zero_after_the_last_step():
+    rates = [lr_multiplier(step, 10, 0.0, 0.2, 0.0) for step in range(11)]
+    assert rates == pytest.approx([1] * 9 + [0.5, 0.0])
+
+
+def test_the_learning_rate_warms_up_and_ends_at_its_final_share():
+    assert lr_multiplier(0, 100, 0.1, 0.5, 0.05) == pytest.approx(0.1)
+    assert lr_multiplier(9, 100, 0.1, 0.5, 0.05) == pytest.approx(1.0)
+    assert lr_multiplier(75, 100, 0.1, 0.5, 0.05) == pytest.approx(0.525)
+    assert lr_multiplier(100, 100, 0.1, 0.5, 0.05) == pytest.approx(0.05)
+
+
+def test_fine_tuning_falls_all_the_way():
+    assert [lr_multiplier(s, 4, 0.0, 1.0, 0.0) for s in range(4)] == pytest.approx([1, 0.75, 0.5, 0.25])
