@@ -12,26 +12,26 @@ for name in $VARIABLES; do
 done
 echo
 
-DEPTH=${DEPTH:-$1}                        # layers; the one dial of model size
-MAX_SEQ_LEN=${MAX_SEQ_LEN:-$2}            # tokens in a row, and the context of the chat
-TOTAL_BATCH_SIZE=${TOTAL_BATCH_SIZE:-$3}  # tokens in an optimizer step
-BASE_ITERATIONS=${BASE_ITERATIONS:-$4}    # optimizer steps; 0 = 20 tokens per parameter
-MID_ITERATIONS=${MID_ITERATIONS:-$5}      # 0 = one epoch of the mixture
-SFT_ITERATIONS=${SFT_ITERATIONS:-$6}
-DATA_SHARDS=${DATA_SHARDS:-$7}            # training shards to download, 95 MB each
-MAX_CHARS=${MAX_CHARS:-$8}                # the tokenizer is trained on so many characters
-VOCAB_SIZE=${VOCAB_SIZE:-$9}
-SAVE_EVERY=${SAVE_EVERY:-${10}}           # about 15 minutes of an A100, half a minute of a tiny run
-CORE_METRIC_EVERY=${CORE_METRIC_EVERY:-0} # steps between evaluations of CORE while training; 0 = never
-CORE_ITEMS=${CORE_ITEMS:-${11}}           # items of each CORE task; 0 = all
-EVAL_PROBLEMS=${EVAL_PROBLEMS:-${12}}     # problems of each chat task; 0 = all
-DEVICE_BATCH_SIZE=${DEVICE_BATCH_SIZE:-0} # rows per micro-batch; 0 = the most that fit
-SFT_BATCH_SIZE=${SFT_BATCH_SIZE:-}        # conversations per micro-batch; empty = 4, in tiny the most that fit
-WANDB_RUN=${WANDB_RUN:-}                  # name of the run in wandb; empty = log.jsonl alone
-GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-0}  # 1 = less memory, slower
-NPROC=${NPROC:-1}                         # GPUs, or processes on a CPU
-MODEL_TAG=${MODEL_TAG:-d$DEPTH}           # folder of the checkpoints: another one trains beside the first
-BASE_TAG=${BASE_TAG:-$MODEL_TAG}          # folder of the base model; set both to go on from a base model that is there
+configuration                         # the driver's table: the values of $CONFIG
+# DEPTH                                 layers; the one dial of model size
+# MAX_SEQ_LEN                           tokens in a row, and the context of the chat
+# TOTAL_BATCH_SIZE                      tokens in an optimizer step
+# DATA_SHARDS                           training shards to download, 95 MB each
+# SAVE_EVERY                            steps between checkpoints: about 15 minutes of an A100, half a minute of a tiny run
+# MAX_CHARS                             the tokenizer is trained on so many characters
+: "${VOCAB_SIZE:=65536}"                # tokens in the vocabulary
+: "${BASE_ITERATIONS:=0}"               # optimizer steps; 0 = 20 tokens per parameter
+: "${MID_ITERATIONS:=0}" "${SFT_ITERATIONS:=0}"    # 0 = one epoch of the mixture
+: "${CORE_METRIC_EVERY:=0}"             # steps between evaluations of CORE while training; 0 = never
+: "${CORE_ITEMS:=0}"                    # items of each CORE task; 0 = all
+: "${EVAL_PROBLEMS:=0}"                 # problems of each chat task; 0 = all
+: "${DEVICE_BATCH_SIZE:=0}"             # rows per micro-batch; 0 = the most that fit
+: "${SFT_BATCH_SIZE:=}"                 # conversations per micro-batch; empty = 4, in tiny the most that fit
+: "${GRADIENT_CHECKPOINTING:=0}"        # 1 = less memory, slower
+: "${NPROC:=1}"                         # GPUs, or processes on a CPU
+: "${WANDB_RUN:=}"                      # name of the run in wandb; empty = log.jsonl alone
+: "${MODEL_TAG:=d$DEPTH}"               # folder of the checkpoints: another one trains beside the first
+: "${BASE_TAG:=$MODEL_TAG}"             # folder of the base model; set both to go on from a base model that is there
 
 # its own tokenizer and text for the tiny model, so that a later demo run does not find them in its way
 if [ "$CONFIG" = tiny ]; then NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat/tiny}; fi
@@ -55,7 +55,7 @@ if [ "$CONFIG" != tiny ] && nvidia-smi >/dev/null 2>&1 && ! python -c 'import sy
     exit 1
 fi
 # a CPU thread that has nothing to do looks for work some microseconds long, then sleeps: sleeping at once makes a step
-# 1.4 times slower on a quiet machine; for a busy one runtime.py finds by timing that one thread is faster than two
+# 1.4 times slower on a quiet machine; for a busy one plumbing/machine.py finds by timing that one thread is faster than two
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} PYTHONUNBUFFERED=1
 
 if [ "$CONFIG" = tiny ]; then
@@ -66,7 +66,9 @@ else
     base_tests=(--core_max_per_task="$CORE_ITEMS") chat_tests=(--max_problems="$EVAL_PROBLEMS") references=gpt2,cl100k_base
 fi
 # the launcher of the training stages: torchrun only where there are several processes; what follows -- is not for it
-launch() { if [ "$NPROC" = 1 ]; then python "$@"; else python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" -- "$@"; fi; }
+launch() { if [ "$NPROC" = 1 ]; then run python "$@"; else run python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" -- "$@"; fi; }
+# every command is shown as it can be typed (after: source .venv/bin/activate)
+run() { printf '$'; printf ' %q' "$@"; echo; "$@"; }
 # a headline per stage, and how long each one took, for the end
 times=("$(printf '%6d s  set-up' "$SECONDS")") name= begin=$SECONDS
 stage() {
@@ -77,17 +79,17 @@ stage() {
 
 stage "1. text"
 if [ "$CONFIG" = tiny ]; then
-    python prepare.py --embedded=1
+    run python prepare.py --embedded=1
     downloads=
 else
-    python prepare.py -n "$DATA_SHARDS" --tasks=1 &     # goes on while the tokenizer and the model train
+    run python prepare.py -n "$DATA_SHARDS" --tasks=1 &     # goes on while the tokenizer and the model train
     downloads=$!
     trap 'kill $downloads 2>/dev/null || true' EXIT
 fi
 
 stage "2. tokenizer"
-python tok_train.py --max_chars="$MAX_CHARS" --vocab_size="$VOCAB_SIZE" --num_shards="$DATA_SHARDS"
-python tok_eval.py --references="$references" --resume=1
+run python tok_train.py --max_chars="$MAX_CHARS" --vocab_size="$VOCAB_SIZE" --num_shards="$DATA_SHARDS"
+run python tok_eval.py --references="$references" --resume=1
 
 stage "3. pretraining: the next token of plain text"
 launch base_train.py "${base_flags[@]}" --model_tag="$BASE_TAG" --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" \
@@ -114,8 +116,8 @@ launch chat_sft.py "${sft_flags[@]}" --source_tag="$MODEL_TAG" --model_tag="$MOD
 launch chat_eval.py --source=sft --model_tag="$MODEL_TAG" --resume=1 "${chat_tests[@]}"
 
 stage "6. report and a first question"
-python report.py --model_tag="$MODEL_TAG"
-python chat_cli.py --source=sft --model_tag="$MODEL_TAG" -p "Who are you?"
+run python report.py --model_tag="$MODEL_TAG"
+run python chat_cli.py --source=sft --model_tag="$MODEL_TAG" -p "Who are you?"
 stage ""
 printf '\n'; printf '%s\n' "${times[@]}"; printf '%6d s  in all\n\n' "$SECONDS"
 printf 'Talk to it:   NANOCHAT_BASE_DIR=%q .venv/bin/python chat_cli.py --model_tag=%q\n' "$NANOCHAT_BASE_DIR" "$MODEL_TAG"

@@ -18,13 +18,19 @@ if [ -z "${CONFIG:-}" ]; then
     else CONFIG=tiny; echo "CONFIG=tiny, because there is no NVIDIA GPU: embedded text, minutes on a CPU"; fi
 fi
 
-#          layers  tokens   tokens of  steps              shards     characters  tokens in    steps between  evaluated: items of a
-#                  in a row one step   base   mid   sft   of text    for the tokenizer        checkpoints    CORE task, problems
-case "$CONFIG" in
-    tiny)   set --  2   256     2048    800  1000    60     0          10000000    4096    200              0    0 ;;
-    demo)   set -- 12  1024   524288    500   200   100    10         500000000   65536    300            100  100 ;;
-    small)  set -- 14  1536   524288   2000   500   200    22         500000000   65536    250            250  200 ;;
-    medium) set -- 16  2048   524288   5000  1000   500    52         500000000   65536    180            500  500 ;;
-    *) echo "CONFIG=$CONFIG: must be tiny, demo, small or medium (run_single_a100.sh has the full runs)" >&2; exit 1 ;;
-esac
+# what each configuration is, where it isn't set from outside; pipeline.sh says what each name means
+configuration() {
+    case "$CONFIG" in
+        tiny)   : "${DEPTH:=2}" "${MAX_SEQ_LEN:=256}" "${TOTAL_BATCH_SIZE:=2048}" "${DATA_SHARDS:=0}" "${SAVE_EVERY:=200}"
+                : "${BASE_ITERATIONS:=800}" "${MID_ITERATIONS:=1000}" "${SFT_ITERATIONS:=60}" "${MAX_CHARS:=10000000}" "${VOCAB_SIZE:=4096}" ;;
+        demo)   : "${DEPTH:=12}" "${MAX_SEQ_LEN:=1024}" "${TOTAL_BATCH_SIZE:=524288}" "${DATA_SHARDS:=10}" "${SAVE_EVERY:=300}"
+                : "${BASE_ITERATIONS:=500}" "${MID_ITERATIONS:=200}" "${SFT_ITERATIONS:=100}" "${CORE_ITEMS:=100}" "${EVAL_PROBLEMS:=100}" ;;
+        small)  : "${DEPTH:=14}" "${MAX_SEQ_LEN:=1536}" "${TOTAL_BATCH_SIZE:=524288}" "${DATA_SHARDS:=22}" "${SAVE_EVERY:=250}"
+                : "${BASE_ITERATIONS:=2000}" "${MID_ITERATIONS:=500}" "${SFT_ITERATIONS:=200}" "${CORE_ITEMS:=250}" "${EVAL_PROBLEMS:=200}" ;;
+        medium) : "${DEPTH:=16}" "${MAX_SEQ_LEN:=2048}" "${TOTAL_BATCH_SIZE:=524288}" "${DATA_SHARDS:=52}" "${SAVE_EVERY:=180}"
+                : "${BASE_ITERATIONS:=5000}" "${MID_ITERATIONS:=1000}" "${SFT_ITERATIONS:=500}" "${CORE_ITEMS:=500}" "${EVAL_PROBLEMS:=500}" ;;
+        *) echo "CONFIG=$CONFIG: must be tiny, demo, small or medium (run_single_a100.sh has the full runs)" >&2; exit 1 ;;
+    esac
+    : "${MAX_CHARS:=500000000}"
+}
 . ./pipeline.sh

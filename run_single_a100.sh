@@ -24,14 +24,15 @@ if [ -z "${CONFIG:-}" ]; then
     echo "CONFIG=$CONFIG, because the GPU has ${memory:-no} MiB of memory"
 fi
 
-#          layers  tokens   tokens of  steps (0: 20 tokens  shards     characters  tokens in    steps between  evaluated: items of a
-#                  in a row one step   a parameter, 1 epoch) of text   for the tokenizer        checkpoints    CORE task, problems
-case "$CONFIG" in   #                  base   mid   sft                                                     (0: all)
-    conservative) set -- 12 1024 131072    0     0     0    80        2000000000   65536   1400              0    0 ;;
-    balanced)     set -- 14 1536 262144    0     0     0   120        2000000000   65536    500              0    0 ;;  # 168 rows: 258,048
-    aggressive)   set -- 16 2048 524288    0     0     0   160        2000000000   65536    180              0    0 ;;
-    maximum)      set -- 18 2048 524288    0     0     0   200        2000000000   65536    150              0    0 ;;
-    *) echo "CONFIG=$CONFIG: must be conservative, balanced, aggressive or maximum (run_realistic.sh has the short runs)" >&2; exit 1 ;;
-esac
-CORE_METRIC_EVERY=${CORE_METRIC_EVERY:-2000}
+# what each configuration is, where it isn't set from outside; pipeline.sh says what each name means
+configuration() {
+    case "$CONFIG" in
+        conservative) : "${DEPTH:=12}" "${MAX_SEQ_LEN:=1024}" "${TOTAL_BATCH_SIZE:=131072}" "${DATA_SHARDS:=80}" "${SAVE_EVERY:=1400}" ;;
+        balanced)     : "${DEPTH:=14}" "${MAX_SEQ_LEN:=1536}" "${TOTAL_BATCH_SIZE:=262144}" "${DATA_SHARDS:=120}" "${SAVE_EVERY:=500}" ;;  # 168 rows: 258,048
+        aggressive)   : "${DEPTH:=16}" "${MAX_SEQ_LEN:=2048}" "${TOTAL_BATCH_SIZE:=524288}" "${DATA_SHARDS:=160}" "${SAVE_EVERY:=180}" ;;
+        maximum)      : "${DEPTH:=18}" "${MAX_SEQ_LEN:=2048}" "${TOTAL_BATCH_SIZE:=524288}" "${DATA_SHARDS:=200}" "${SAVE_EVERY:=150}" ;;
+        *) echo "CONFIG=$CONFIG: must be conservative, balanced, aggressive or maximum (run_realistic.sh has the short runs)" >&2; exit 1 ;;
+    esac
+    : "${MAX_CHARS:=2000000000}" "${CORE_METRIC_EVERY:=2000}"
+}
 . ./pipeline.sh

@@ -118,15 +118,16 @@ def test_every_file_says_what_it_does():
 
 def test_the_tiny_row_of_the_driver_is_the_tiny_config():
     with open(os.path.join(ROOT, "run_realistic.sh"), encoding="utf-8") as f:
-        row = re.search(r"tiny\)\s+set -- (.*?) ;;", f.read())[1].split()
+        row = dict(re.findall(r"\$\{(\w+):=(\d+)\}", f.read().partition("tiny)")[2].partition(";;")[0]))
     values = {}
     for stage in ("base", "mid", "sft"):
         with open(os.path.join(ROOT, "config", f"tiny_{stage}.py"), encoding="utf-8") as f:
             exec(f.read(), values.setdefault(stage, {}))
     base = values["base"]
-    assert list(map(int, row[:6])) == [base["depth"], base["max_seq_len"], base["total_batch_size"], base["num_iterations"],
-                                       values["mid"]["num_iterations"], values["sft"]["num_iterations"]]
-    assert int(row[9]) == base["save_every"]
+    assert {name: int(row[name.upper()]) for name in ("depth", "max_seq_len", "total_batch_size", "save_every")} == \
+        {name: base[name] for name in ("depth", "max_seq_len", "total_batch_size", "save_every")}
+    for stage in values:
+        assert int(row[f"{stage.upper()}_ITERATIONS"]) == values[stage]["num_iterations"]
 
 
 def test_lengths_are_printed():
