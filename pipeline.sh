@@ -69,6 +69,8 @@ fi
 launch() { if [ "$NPROC" = 1 ]; then run python "$@"; else run python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" -- "$@"; fi; }
 # every command is shown as it can be typed (after: source .venv/bin/activate)
 run() { printf '$'; printf ' %q' "$@"; echo; "$@"; }
+# the same question after each stage: a base model goes on with it, mid-training teaches to answer
+ask() { run python chat_cli.py -i "$1" --model_tag="$2" --max_tokens=48 -p "Who are you?"; }
 # a headline per stage, and how long each one took, for the end
 times=("$(printf '%6d s  set-up' "$SECONDS")") name= begin=$SECONDS
 stage() {
@@ -97,6 +99,7 @@ launch base_train.py "${base_flags[@]}" --model_tag="$BASE_TAG" --depth="$DEPTH"
     --device_batch_size="$DEVICE_BATCH_SIZE" --gradient_checkpointing="$GRADIENT_CHECKPOINTING" \
     --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
 launch base_eval.py --model_tag="$BASE_TAG" --resume=1 --device_batch_size="$DEVICE_BATCH_SIZE" "${base_tests[@]}"
+ask base "$BASE_TAG"
 
 if [ -n "$downloads" ]; then
     wait "$downloads" || { echo "pipeline: the downloads failed, see above; run again to go on" >&2; exit 1; }
@@ -108,6 +111,7 @@ launch mid_train.py "${mid_flags[@]}" --source_tag="$BASE_TAG" --model_tag="$MOD
     --device_batch_size="$DEVICE_BATCH_SIZE" --gradient_checkpointing="$GRADIENT_CHECKPOINTING" \
     --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
 launch chat_eval.py --source=mid --model_tag="$MODEL_TAG" --resume=1 "${chat_tests[@]}"
+ask mid "$MODEL_TAG"
 
 stage "5. fine-tuning: answers"
 launch chat_sft.py "${sft_flags[@]}" --source_tag="$MODEL_TAG" --model_tag="$MODEL_TAG" --num_iterations="$SFT_ITERATIONS" \
@@ -117,7 +121,7 @@ launch chat_eval.py --source=sft --model_tag="$MODEL_TAG" --resume=1 "${chat_tes
 
 stage "6. report and a first question"
 run python report.py --model_tag="$MODEL_TAG"
-run python chat_cli.py --source=sft --model_tag="$MODEL_TAG" -p "Who are you?"
+ask sft "$MODEL_TAG"
 stage ""
 printf '\n'; printf '%s\n' "${times[@]}"; printf '%6d s  in all\n\n' "$SECONDS"
 printf 'Talk to it:   NANOCHAT_BASE_DIR=%q .venv/bin/python chat_cli.py --model_tag=%q\n' "$NANOCHAT_BASE_DIR" "$MODEL_TAG"
