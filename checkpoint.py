@@ -58,7 +58,8 @@ def save_checkpoint(folder, step, model, optimizers, meta):
             json.dump(dict(step=step, **meta, tag=os.path.basename(folder), code=code_of(meta["stage"]),
                            model_config=config, world_size=WORLD_SIZE, files=files), f, indent=1)
         for old in steps_in(folder)[:-KEEP]:
-            remove_step(folder, old)
+            os.remove(path_of(folder, "meta", old))              # first, so that what is left is never taken for whole
+        remove_leftovers(folder)
         print0(f"saved {path_of(folder, 'model', step)}")
     barrier()
 
@@ -99,14 +100,6 @@ def remove_leftovers(folder):
     for name in os.listdir(folder):
         part = re.fullmatch(r"(model|optim|meta)_(\d{6,})(_rank\d+)?\.(pt|json)(\.\d+\.tmp)?", name)
         if part and (part[5] or int(part[2]) not in whole):
-            os.remove(os.path.join(folder, name))
-
-
-def remove_step(folder, step):
-    """Remove one step's files, the meta first, so that what is left is never taken for whole."""
-    os.remove(path_of(folder, "meta", step))
-    for name in os.listdir(folder):
-        if re.fullmatch(rf"(model|optim)_{step:06d}(_rank\d+)?\.pt", name):
             os.remove(os.path.join(folder, name))
 
 
@@ -188,10 +181,9 @@ def continue_from(stage, folder, config, resume, source=None):
 def set_aside(stage, folder, meta):
     """The shell command that moves a model and all that were trained from it out of the way."""
     later = list(FOLDERS)[list(FOLDERS).index(stage) + 1:]
-    stale = [folder, *(other for name in later for other in map(functools.partial(stage_folder, name), tags_of(name))
-                       if sha_of(meta) in ancestors(read_meta(other)))]
+    others = [stage_folder(name, tag) for name in later for tag in tags_of(name)]
     moves = []
-    for old in stale:
+    for old in [folder, *(other for other in others if sha_of(meta) in [s["sha256"] for s in sources(read_meta(other))])]:
         new = f"{old}.old"
         while os.path.exists(new):
             new += "er"
@@ -312,11 +304,6 @@ def sources(meta):
     """The checkpoints that a model came from, its parent first, as source_of() has kept them."""
     while meta and (meta := meta.get("source")):
         yield meta
-
-
-def ancestors(meta):
-    """The sha256 of all weights that a model came from."""
-    return [source["sha256"] for source in sources(meta)]
 
 
 def out_of_date(meta):

@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import os
 import re
-import shutil
 import time
 
 import numpy as np
@@ -245,12 +244,6 @@ def epoch_tokens(stream, conversations):
     return round(stream.ends[0] * len(conversations) / min(FILE_CONVERSATIONS, len(conversations)))
 
 
-def remove_files(folder):
-    """Remove the token files of a finished stage; what is in them can be made again."""
-    if RANK == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 # ---------------------------------------------------------------------------------------------
 # 4. Batches: where a row lies depends on its number alone, so resuming needs no loader state.
 
@@ -288,7 +281,11 @@ class TokenStream:
                 print(f"waiting for {os.path.basename(path)}", flush=True)
                 said = True
             time.sleep(0.05)
-        tokens, mask = map_file(path, np.uint16), map_file(f"{path[:-len('.bin')]}.mask", np.uint8)
+        files = []
+        for name, dtype in ((path, np.uint16), (f"{path[:-len('.bin')]}.mask", np.uint8)):
+            size = os.path.getsize(name) if os.path.exists(name) else -1         # nothing can't be mapped
+            files.append(np.memmap(name, dtype=dtype, mode="r") if size > 0 else np.empty(0, dtype) if size == 0 else None)
+        tokens, mask = files
         assert mask is None or len(mask) == len(tokens), f"{path}: its mask has another length"
         self.files.append((tokens, mask))
         self.ends.append((self.ends[-1] if self.ends else 0) + len(tokens))
@@ -327,15 +324,6 @@ class TokenStream:
                 y[part][mask[piece] == 0] = -1
             done = part.stop
         return x[:-1].reshape(B, T), y[1:].reshape(B, T)
-
-
-def map_file(path, dtype):
-    """A file as an array that the system reads page by page; None if there is none."""
-    if not os.path.exists(path):
-        return None
-    if os.path.getsize(path) == 0:                # nothing cannot be mapped
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
 
 
 def pad_batch(rows, T):

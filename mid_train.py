@@ -11,12 +11,13 @@ run     python mid_train.py
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import os
+import shutil
 import time
 
 import torch
 
 from checkpoint import continue_from, find_parent, load_model, load_optimizers, save_checkpoint, source_of, stage_folder
-from data import conversation_streams, epoch_tokens, remove_files
+from data import conversation_streams, epoch_tokens
 from evals import metrics
 from muon import build_optimizers, lr_multiplier, set_schedule
 from plumbing import budget
@@ -169,7 +170,7 @@ for step in range(start_step, total_steps + 1):
     machine.synchronize()
     progress.update(step, train_loss, grad_norm, rates, tokens_per_step, time.perf_counter() - clock)
 
-remove_files(token_dir)
 print0(f"mid_train: {total_steps} steps in {duration(progress.seconds)}, val bpb {val_bpb:.4f}, "
        f"peak memory {machine.peak_memory() / 1e9:.1f} GB")
 finish()
+shutil.rmtree(token_dir, ignore_errors=True)                    # what is in there can be made again
