@@ -109,7 +109,7 @@ else:
     # of 0.6, 416 with 0.33 and 445 with 0.85; measured 2026-11
     train_data = Mixture([
         own_identity,
-        docstrings("train", 1000),
+        docstrings("train", 1500),
         spelling_bee(spelling_bee_rows, "train", varied=False),
         simple_spelling(spelling_rows, "train", pseudo=0.6, pieces=tokenizer.letter_tokens()),
     ])

@@ -22,7 +22,7 @@ fi
 configuration() {
     case "$CONFIG" in
         tiny)   : "${DEPTH:=2}" "${MAX_SEQ_LEN:=256}" "${TOTAL_BATCH_SIZE:=2048}" "${DATA_SHARDS:=0}" "${SAVE_EVERY:=200}"
-                : "${BASE_ITERATIONS:=800}" "${MID_ITERATIONS:=1000}" "${SFT_ITERATIONS:=60}" "${MAX_CHARS:=10000000}" "${VOCAB_SIZE:=4096}" ;;
+                : "${BASE_ITERATIONS:=800}" "${MID_ITERATIONS:=1200}" "${SFT_ITERATIONS:=60}" "${MAX_CHARS:=10000000}" "${VOCAB_SIZE:=4096}" ;;
         demo)   : "${DEPTH:=12}" "${MAX_SEQ_LEN:=1024}" "${TOTAL_BATCH_SIZE:=524288}" "${DATA_SHARDS:=10}" "${SAVE_EVERY:=300}"
                 : "${BASE_ITERATIONS:=500}" "${MID_ITERATIONS:=200}" "${SFT_ITERATIONS:=100}" "${CORE_ITEMS:=100}" "${EVAL_PROBLEMS:=100}" ;;
         small)  : "${DEPTH:=14}" "${MAX_SEQ_LEN:=1536}" "${TOTAL_BATCH_SIZE:=524288}" "${DATA_SHARDS:=22}" "${SAVE_EVERY:=250}"
