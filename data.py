@@ -69,23 +69,23 @@ def train_shards(num_shards):
 
 def read_batches(path):
     """Lists of up to 1024 texts, without ever holding the whole file."""
-    mend = "delete it and run python prepare.py again"
+    remedy = "delete it and run python prepare.py again"
     try:
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 18)  # by default it reads all at first
         names = file.schema_arrow.names
         if "text" not in names:
-            raise SystemExit(f"{path}: no column 'text' (but {', '.join(names)}); {mend}")
+            raise SystemExit(f"{path}: no column 'text' (but {', '.join(names)}); {remedy}")
         for group, batch in enumerate(file.iter_batches(GROUP, columns=["text"])):
             texts = batch.column(0).to_pylist()
             if not all(isinstance(text, str) for text in texts):
                 raise SystemExit(f"{path}: column 'text' has other things than strings in rows "
-                                 f"{group * GROUP} to {group * GROUP + len(texts) - 1}; {mend}")
+                                 f"{group * GROUP} to {group * GROUP + len(texts) - 1}; {remedy}")
             yield texts
     except FileNotFoundError:
         raise SystemExit(f"{path}: not here; python prepare.py fetches shards") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SystemExit(f"{path}: damaged ({reason}); {mend}") from None
+        raise SystemExit(f"{path}: damaged ({reason}); {remedy}") from None
 
 
 def read_texts(path):
@@ -234,7 +234,7 @@ def render(conversations, i, tokenizer):
 
 def epoch_tokens(stream, conversations):
     """
-    Tokens in one pass over the mixture, reckoned from its first file alone.
+    Tokens in one pass over the mixture, estimated from its first file alone.
 
     The mixture is shuffled, so the first file is a fair sample (within about a percent), and the
     run need not wait until the last one is made to know its length.

@@ -6,8 +6,9 @@ run     python plan.py --depth=12 --num_iterations=500
 import difflib
 import subprocess
 
-from plumbing.budget import (CPU_BYTES, KEEP, checkpoint_bytes, flops_per_token, micro_batches, model_shape, num_params,
-                    peak_flops, row_bytes, rows_per_step, state_bytes, usable_bytes)
+from plumbing.budget import (CPU_BYTES, SHARD_BYTES, SHARD_TOKENS, KEEP, checkpoint_bytes, flops_per_token,
+                             micro_batches, model_shape, num_params, peak_flops, row_bytes, rows_per_step,
+                             state_bytes, usable_bytes)
 from plumbing.common import base_path, duration
 from plumbing.configurator import configure
 
@@ -28,8 +29,7 @@ known = ""                     # names of the drivers' variables, for the next o
 given = ""                     # names of the variables that are set; one that is nearly a known name ends the run
 config = configure(globals(), show=False)
 
-SHARD_TOKENS = 52e6            # tokens in a shard of about 250M characters
-SHARD_DISK = 95e6 + 2 * SHARD_TOKENS   # the parquet file and its tokens
+SHARD_DISK = SHARD_BYTES + 2 * SHARD_TOKENS   # the parquet file and its tokens
 TASK_DISK = 1.6e9              # conversations and questions, and the tokens made from them
 MFU = 0.60                     # share of the peak of a compiled run; assumed, not measured
 

@@ -9,6 +9,8 @@ import re
 
 HEAD_DIM = 128               # dimensions of one attention head, where the width allows it
 KEEP = 2                     # checkpoints of a stage that stay on the disk: the newest and the one before
+SHARD_TOKENS = 52e6          # tokens in a shard of web text, about 250M characters
+SHARD_BYTES = 95e6           # and its size on the disk
 MICRO_TOKENS = 65536         # most tokens of an automatic micro-batch: a GPU is busy long before
 
 # Dense bf16 matrix peak of a device in FLOP/s, from the makers' datasheets; the first name that

@@ -159,7 +159,7 @@ class Progress:
         state = state or dict(seconds=0.0, tokens=0, loss=[0.0, 0.0])
         self.seconds, self.tokens = state["seconds"], state["tokens"]
         self.loss, self.step_seconds = Ema(0.9, *state["loss"]), Ema(0.9)
-        self.unsaid = 0.0                                        # training seconds since the last line
+        self.since_line = 0.0                                        # training seconds since the last line
 
     def state(self):
         return dict(seconds=self.seconds, tokens=self.tokens, loss=[self.loss.total, self.loss.weight])
@@ -178,11 +178,11 @@ class Progress:
                        mfu=mfu, seconds=self.seconds)
         smooth, left = self.loss.update(loss), self.total_steps - step - 1
         eta = self.step_seconds.update(step_seconds) * left
-        self.unsaid += step_seconds
+        self.since_line += step_seconds
         if step == self.start_step:
             print0("lr below: of the matrices / the token table / the output head")
-        if step < self.start_step + 5 or self.unsaid > 1 or left == 0:   # of fast steps one a second
-            self.unsaid = 0.0
+        if step < self.start_step + 5 or self.since_line > 1 or left == 0:   # of fast steps one a second
+            self.since_line = 0.0
             print0(f"step {step:5d}/{self.total_steps} | loss {smooth:.4f} | lr {' / '.join(f'{rate:.2g}' for rate in rates.values())} | "
                    f"{1000 * step_seconds:.0f} ms | {speed:,.0f} tok/s | " +
                    (f"mfu {100 * mfu:.1f} % | " if mfu else "") + f"eta {duration(eta)}")

@@ -22,7 +22,7 @@ from plumbing.common import print0
 KINDS = (int, float, bool, str)
 SHORT = {                    # short forms people type, each followed by its value: -n 8
     "-p": "prompt",          # what to ask
-    "-i": "source",          # which stage's model: base, mid, sft, rl
+    "-i": "source",          # which stage's model: base, mid, sft
     "-a": "tasks",           # which tasks to evaluate
     "-x": "max_problems",    # how many problems of a task
     "-n": "num_shards",      # how many shards of text

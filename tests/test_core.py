@@ -139,7 +139,7 @@ def test_a_damaged_zip_is_one_line_and_nothing_is_kept(base, server, tmp_path, d
         core.fetch_bundle()
     assert words in one_line(error) and not (base / "eval_bundle").exists()
     if "cut" in damage:
-        write_zip(tmp_path)                                          # the server is mended: so are we
+        write_zip(tmp_path)                                          # the server is right again, and so are we
         assert os.path.isdir(core.fetch_bundle()) and os.listdir(base) == ["eval_bundle"]
 
 
