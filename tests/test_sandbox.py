@@ -129,12 +129,18 @@ NO_MOUNT = [(165 if X86 else 40, 0, 0, EPERM)]       # namespaces can be had but
 NO_FILTER = [(157 if X86 else 167, 0, 16, EPERM)]    # of prctl's options, 16 to 31: seccomp's is 22
 
 
+def copy_sandbox(folder):
+    """evals/ in another folder, with nothing in it but the sandbox."""
+    os.mkdir(os.path.join(folder, "evals"))
+    for name in ("__init__.py", "sandbox.py", "jail.py"):
+        shutil.copy(os.path.join(ROOT, "evals", name), os.path.join(folder, "evals"))
+
+
 def in_environment(folder, refused=(), nobody=False, probes=None):
     """The table in a process of its own that is refused some calls, maybe as another user."""
     with tempfile.TemporaryDirectory() as root:      # a copy, which the other user can read
         os.chmod(root, 0o755)
-        for name in ("sandbox.py", "jail.py"):
-            shutil.copy(os.path.join(ROOT, name), root)
+        copy_sandbox(root)
         python = readable_python() if nobody else sys.executable
         if nobody and not python:
             pytest.skip("no Python here that another user may run")
@@ -145,7 +151,7 @@ def in_environment(folder, refused=(), nobody=False, probes=None):
                               env={"A_SECRET": "secret"})
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
-        assert not result["left"] and os.listdir(root).count("jail.py") == 1
+        assert not result["left"] and os.listdir(os.path.join(root, "evals")).count("jail.py") == 1
         return result
 
 
@@ -207,8 +213,7 @@ def copy(tmp_path):
     """The sandbox in a folder of its own, so that its processes are known by their command line."""
     if not os.path.exists("/proc/self/cmdline"):
         pytest.skip("no /proc to look for processes in")
-    for name in ("sandbox.py", "jail.py"):
-        shutil.copy(os.path.join(ROOT, name), tmp_path)
+    copy_sandbox(tmp_path)
     return str(tmp_path)
 
 
@@ -217,7 +222,7 @@ def running(folder):
     found = 0
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline") as f:
-            found += os.path.join(folder, "jail.py") in f.read()
+            found += os.path.join(folder, "evals", "jail.py") in f.read()
     return found
 
 
@@ -231,7 +236,7 @@ def soon(happens):
 
 
 def test_an_unsafe_run_leaves_no_process_either(copy, monkeypatch):
-    monkeypatch.setattr(sandbox, "JAIL", os.path.join(copy, "jail.py"))
+    monkeypatch.setattr(sandbox, "JAIL", os.path.join(copy, "evals", "jail.py"))
     source = "import os, time\nif os.fork() == 0: time.sleep(60)"
     assert sandbox.run_in_jail(source, 0.5, 1 << 30, ()).passed
     assert soon(lambda: not running(copy))
