@@ -1,24 +1,23 @@
 """
 Test a chat model on six tasks: three multiple choice, three answered in words, numbers or code.
 
-reads   <stage>_checkpoints/<model_tag>/, tokenizer/, task_data/ (through tasks.py)
+reads   <stage>_checkpoints/<model_tag>/, tokenizer/, task_data/ (through tasks/)
 writes  <stage>_checkpoints/<model_tag>/chat_eval.json
 run     python chat_eval.py -i sft
         python chat_eval.py -i mid -a GSM8K,SpellingBee -x 100
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
-import json
 import os
 import time
 
-from evals import humaneval
+from evals import humaneval, sandbox
 from plumbing import machine as runtime
-from evals import sandbox
 from checkpoint import find_checkpoint, load_model, sha_of
-from plumbing.common import RANK, atomic_write, duration, print0, standard_error
+from plumbing.common import duration, print0, standard_error
 from plumbing.configurator import configure
 from engine import Engine
 from evals.metrics import GUESSING, constant_share, evaluate_task
+from evals.saved import read_results, write_results
 from tasks import all_tests, check, who_is
 
 source = "sft"                 # -i: whose model: base, mid or sft
@@ -61,21 +60,15 @@ if set(wanted) - set(tests):
     raise SystemExit(f"tasks={tasks}: must be some of {','.join(tests)}")
 
 # results of the same weights stay; what is tested now takes the place of its own
-results = dict(stage=source, step=meta["step"], checkpoint=sha_of(meta), tasks={}, seconds=0.0)
-if os.path.exists(path):
-    with open(path, encoding="utf-8") as f:
-        old = json.load(f)
-    results = old if old["checkpoint"] == results["checkpoint"] else results
-
+fresh = dict(stage=source, step=meta["step"], checkpoint=sha_of(meta), tasks={}, seconds=0.0)
+results = read_results(path, checkpoint=sha_of(meta)) or fresh
 settings = dict(max_problems=max_problems, max_tokens=max_tokens, dtype=machine.dtype_name)
 
 
 def save_results():
-    """After every task: a long evaluation is never lost."""
-    results["chatcore"], results["chatcore5"] = chatcore(results["tasks"], CHATCORE), chatcore(results["tasks"], CHATCORE[:5])
-    if RANK == 0:
-        with atomic_write(path, "w") as f:
-            json.dump(results, f, indent=1)
+    results["chatcore"] = chatcore(results["tasks"], CHATCORE)
+    results["chatcore5"] = chatcore(results["tasks"], CHATCORE[:5])
+    write_results(path, results)
 
 
 for name in wanted:
@@ -86,9 +79,10 @@ for name in wanted:
     clock, check_answer = time.perf_counter(), check
     if name == "HumanEval":
         results["sandbox"] = sandbox.layers()
-        if not (sandbox.available() or unsafe_exec):
-            results["tasks"].setdefault(name, dict(skipped=sandbox.refusal()))
-            print0(f"{name}: skipped, {sandbox.refusal()}")
+        problem = sandbox.problem_with_layers()
+        if problem and not unsafe_exec:
+            results["tasks"].setdefault(name, dict(skipped=problem))
+            print0(f"{name}: skipped, {problem}")
             save_results()
             continue
         print0(f"{name}: programs run behind {', '.join(sandbox.layers()) or 'nothing at all'}")
@@ -105,6 +99,7 @@ for name in wanted:
     save_results()
 
 if results.get("chatcore") is not None:
-    print0(f"ChatCORE {results['chatcore']:.4f}, over the five tasks of the original's table {results['chatcore5']:.4f}")
+    print0(f"ChatCORE {results['chatcore']:.4f}, over the five tasks of the original's table "
+           f"{results['chatcore5']:.4f}")
 print0(f"chat_eval: {folder}, results in {path}")
 runtime.finish()

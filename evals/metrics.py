@@ -15,9 +15,9 @@ from engine import text_of
 from plumbing.machine import sum_over_ranks
 
 # what a base model is asked to go on with: facts, a riddle, a list, an opinion, some algebra
-PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be",
-           "The opposite of hot is", "The planets of the solar system are:", "My favorite color is",
-           "If 5*x + 3 = 13, then x is"]
+PROMPTS = ["The capital of France is", "The chemical symbol of gold is",
+           "If yesterday was Friday, then tomorrow will be", "The opposite of hot is",
+           "The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is"]
 GUESSING = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}   # share that chance has right; 0 for all others
 TIE = 1e-4                     # nats: choices whose (mean) losses are this close count as equal
 
@@ -80,18 +80,8 @@ def evaluate_task(engine, task, check, max_problems=0, max_tokens=256, batch_siz
     """
     if "letters" in task[0]:
         return evaluate_letters(engine.model, engine.tokenizer, task, max_problems, batch_size)
-    return evaluate_answers(engine, task, check, max_problems, max_tokens, batch_size)
-
-
-def evaluate_answers(engine, task, check, max_problems, max_tokens, batch_size):
-    """
-    Let the model answer the problems of a task greedily -> (right ones, problems).
-
-    check: (conversation, answer text) -> bool, tasks.check
-    """
-    tokenizer = engine.tokenizer
+    tokenizer, context = engine.tokenizer, engine.model.config.sequence_len
     problems = [task[i] for i in range(RANK, min(max_problems or len(task), len(task)), WORLD_SIZE)]
-    context = engine.model.config.sequence_len
     room = context - min(max_tokens, context // 2)               # at least half the context for the question
     prompts = [crop(tokenizer.render_for_completion(problem), room) for problem in problems]
     replies = engine.generate_batch(prompts, max_tokens, temperature=0, batch_size=batch_size) if prompts else []
