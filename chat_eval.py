@@ -64,39 +64,32 @@ fresh = dict(stage=source, step=meta["step"], checkpoint=sha_of(meta), tasks={},
 results = read_results(path, checkpoint=sha_of(meta)) or fresh
 settings = dict(max_problems=max_problems, max_tokens=max_tokens, dtype=machine.dtype_name)
 
-
-def save_results():
-    results["chatcore"] = chatcore(results["tasks"], CHATCORE)
-    results["chatcore5"] = chatcore(results["tasks"], CHATCORE[:5])
-    write_results(path, results)
-
-
 for name in wanted:
     done = results["tasks"].get(name, {})
     if resume and "accuracy" in done and done["settings"] == settings:
         print0(f"{name}: {done['right']} of {done['total']}, there already")
         continue
-    clock, check_answer = time.perf_counter(), check
+    clock, check_answer, problem = time.perf_counter(), check, ""
     if name == "HumanEval":
-        results["sandbox"] = sandbox.layers()
-        problem = sandbox.problem_with_layers()
-        if problem and not unsafe_exec:
-            results["tasks"].setdefault(name, dict(skipped=problem))
-            print0(f"{name}: skipped, {problem}")
-            save_results()
-            continue
-        print0(f"{name}: programs run behind {', '.join(sandbox.layers()) or 'nothing at all'}")
-        check_answer = lambda problem, answer: humaneval.check(problem, answer, unsafe=unsafe_exec).passed  # noqa: E731
-    right, total = evaluate_task(engine, tests[name], check_answer, max_problems, max_tokens, batch_size)
-    accuracy, seconds = right / total, time.perf_counter() - clock
-    stderr, constant = standard_error(right, total), constant_share([tests[name][i] for i in range(total)])
-    results["tasks"][name] = dict(right=right, total=total, accuracy=accuracy, stderr=stderr, constant=constant,
-                                  seconds=seconds, settings=settings)
-    results["seconds"] += seconds
-    skewed = f"; one answer to all would get {100 * constant:.1f} %" if constant > GUESSING.get(name, 0) else ""
-    print0(f"{name}: {right} of {total} = {100 * accuracy:.1f} % (standard error {100 * stderr:.1f} %{skewed}), "
-           f"{duration(seconds)}")
-    save_results()
+        results["sandbox"], problem = sandbox.layers(), "" if unsafe_exec else sandbox.problem_with_layers()
+        layers = ", ".join(sandbox.layers()) or "nothing at all"
+        print0(f"{name}: " + (f"skipped, {problem}" if problem else f"programs run behind {layers}"))
+        check_answer = lambda row, answer: humaneval.check(row, answer, unsafe=unsafe_exec).passed   # noqa: E731
+    if problem:
+        results["tasks"].setdefault(name, dict(skipped=problem))
+    else:
+        right, total = evaluate_task(engine, tests[name], check_answer, max_problems, max_tokens, batch_size)
+        accuracy, seconds = right / total, time.perf_counter() - clock
+        stderr, constant = standard_error(right, total), constant_share([tests[name][i] for i in range(total)])
+        results["tasks"][name] = dict(right=right, total=total, accuracy=accuracy, stderr=stderr, constant=constant,
+                                      seconds=seconds, settings=settings)
+        results["seconds"] += seconds
+        skewed = f"; one answer to all would get {100 * constant:.1f} %" if constant > GUESSING.get(name, 0) else ""
+        print0(f"{name}: {right} of {total} = {100 * accuracy:.1f} % (standard error {100 * stderr:.1f} %{skewed}), "
+               f"{duration(seconds)}")
+    results["chatcore"] = chatcore(results["tasks"], CHATCORE)
+    results["chatcore5"] = chatcore(results["tasks"], CHATCORE[:5])
+    write_results(path, results)
 
 if results.get("chatcore") is not None:
     print0(f"ChatCORE {results['chatcore']:.4f}, over the five tasks of the original's table "

@@ -110,19 +110,6 @@ def header(tag, runs):
     return [*parts, table(rows)]
 
 
-def data_text(run):
-    """What a stage was trained on."""
-    meta = run["meta"]
-    rows = meta.get("rows", 0)
-    if "shards" in meta:
-        return f"{plural(len(meta['shards']), 'shard')} of text, {rows:,} rows per step"
-    conversations = meta.get("conversations")
-    if not conversations:
-        return ""
-    epochs = f", {meta['step'] * rows / conversations:.2f} epochs" if run["stage"] == "sft" else ""
-    return f"{conversations:,} conversations, {rows:,} rows per step{epochs}"
-
-
 def stage_rows(run):
     """How far a stage is, what it took and what came out of it, as (name, value) rows; "" where it is not known."""
     meta, log = run["meta"], run["log"]
@@ -131,7 +118,12 @@ def stage_rows(run):
     saved = f"checkpoint of step {meta['step']:,}" if meta else "no checkpoint yet"
     yield "steps", (f"{reached:,} of {total:,}" if total else f"{reached:,}") + \
         ("" if total and is_finished(meta) else f", not finished; {saved}")
-    yield "data", data_text(run)
+    rows, conversations = meta.get("rows", 0), meta.get("conversations")
+    if "shards" in meta:
+        yield "data", f"{plural(len(meta['shards']), 'shard')} of text, {rows:,} rows per step"
+    elif conversations:
+        epochs = f", {meta['step'] * rows / conversations:.2f} epochs" if run["stage"] == "sft" else ""
+        yield "data", f"{conversations:,} conversations, {rows:,} rows per step{epochs}"
     tokens = int(meta.get("progress", {}).get("tokens", 0))
     per_parameter = f", {tokens / meta['params']['total']:.1f} per parameter" if "params" in meta else ""
     work = f", {tokens * meta['flops_per_token']:.1e} FLOP" if "flops_per_token" in meta else ""
@@ -141,8 +133,8 @@ def stage_rows(run):
     yield "tokens per second, median", f"{statistics.median(speed):,.0f}" if speed else ""
     yield "MFU, median", (f"{100 * statistics.median(mfu):.1f} %" if mfu else
                           "not known: no peak for this machine in budget.py" if speed else "")
-    memory, rows = meta.get("peak_memory"), meta.get("device_batch_size", "?")
-    yield "memory, peak", f"{memory / 1e9:.1f} GB, micro-batches of {rows} rows" if memory else ""
+    memory, B = meta.get("peak_memory"), meta.get("device_batch_size", "?")
+    yield "memory, peak", f"{memory / 1e9:.1f} GB, micro-batches of {B} rows" if memory else ""
 
     losses, text = series(log, "loss")[1], run["text"]
     yield "training loss, nats per token", \
@@ -186,9 +178,9 @@ def abilities(runs):
     if not rows and not skipped:
         return []
     return ["## What it can and can't do",
-            "Measured on held-out questions; ± is one standard error. Right for 90 % is a yes, for 60 % mostly, for 20 % "
-            "sometimes, for 2 % rarely; the part is counted that guessing does not explain. Guessing: what chance has "
-            "right in a multiple choice, or one answer given to all where that is more (100 %: all have the same).",
+            "Measured on held-out questions; ± is one standard error. Right for 90 % is a yes, for 60 % mostly, for "
+            "20 % sometimes, for 2 % rarely; the part is counted that guessing does not explain. Guessing: what chance "
+            "has right in a multiple choice, or one answer given to all where that is more (100 %: all have the same).",
             table(rows, ("", "", "right", "share", "guessing", "after")), *dict.fromkeys(skipped)]
 
 
@@ -239,7 +231,7 @@ def costs(runs, tokenizer):
 
 
 def samples(runs):
-    """What the base model goes on with, as it is."""
+    """What the base model goes on with."""
     texts = runs["base"]["text"].get("samples", []) if "base" in runs else []
     if not texts:
         return []
