@@ -121,7 +121,15 @@ def run_in_jail(source, timeout, memory, active):
     ready, _, verdict = said.partition(b"\n")
     if ready != b"ready":
         raise RuntimeError(f"sandbox: {one_line(said) or 'the interpreter did not start'}")
-    return Verdict(*settle(verdict, nonce, seconds, timeout), seconds)
+    if verdict == b"passed " + nonce:
+        return Verdict(True, "", seconds)
+    reason = one_line(verdict)
+    if verdict.startswith(b"passed"):
+        reason = "it wrote a verdict of its own"
+    elif not verdict:
+        reason = (f"not done after {timeout:g} s" if seconds >= timeout else
+                  "it left before its end (an exit, a crash, out of memory or of disk)")
+    return Verdict(False, reason, seconds)
 
 
 def listen(fd, timeout, folder):
@@ -169,18 +177,6 @@ def remove(folder):
                 os.rename(inner.path, os.path.join(folder, secrets.token_hex(8)))
             os.rmdir(entry.path)
     os.rmdir(folder)
-
-
-def settle(verdict, nonce, seconds, timeout):
-    """(passed, reason) from the words after "ready"."""
-    if verdict == b"passed " + nonce:
-        return True, ""
-    if verdict.startswith(b"passed"):
-        return False, "it wrote a verdict of its own"
-    if not verdict:
-        return False, (f"not done after {timeout:g} s" if seconds >= timeout else
-                       "it left before its end (an exit, a crash, out of memory or of disk)")
-    return False, one_line(verdict)
 
 
 def stop(process):
