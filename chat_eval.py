@@ -16,7 +16,7 @@ from checkpoint import find_checkpoint, load_model, sha_of
 from plumbing.common import duration, print0, standard_error
 from plumbing.configurator import configure
 from engine import Engine
-from evals.metrics import GUESSING, constant_share, evaluate_task
+from evals.metrics import GUESSING, centered, constant_share, evaluate_task
 from evals.saved import read_results, write_results
 from tasks import all_tests, check, who_is
 
@@ -45,8 +45,7 @@ def chatcore(results, names):
     """
     if not all("accuracy" in results.get(name, {}) for name in names):
         return None
-    centered = [(results[name]["accuracy"] - GUESSING.get(name, 0)) / (1 - GUESSING.get(name, 0)) for name in names]
-    return sum(centered) / len(centered)
+    return sum(centered(results[name]["accuracy"], GUESSING.get(name, 0)) for name in names) / len(names)
 
 
 folder, meta = find_checkpoint(source, model_tag, step)

@@ -23,7 +23,7 @@ from plumbing.common import atomic_write, base_path, duration, standard_error
 from plumbing.configurator import configure
 from evals.curves import at_end, draw, series
 from engine import printable
-from evals.metrics import GUESSING
+from evals.metrics import GUESSING, centered
 from evals.results import TITLES, answers, chain_remarks, find_tag, read_run, seconds_of, validation
 from evals.saved import read_json
 
@@ -132,7 +132,7 @@ def stage_rows(run):
     speed, mfu = series(log, "tokens_per_second")[1], series(log, "mfu")[1]
     yield "tokens per second, median", f"{statistics.median(speed):,.0f}" if speed else ""
     yield "MFU, median", (f"{100 * statistics.median(mfu):.1f} %" if mfu else
-                          "not known: no peak for this machine in budget.py" if speed else "")
+                          "not known: no peak for this machine in plumbing/budget.py" if speed else "")
     memory, B = meta.get("peak_memory"), meta.get("device_batch_size", "?")
     yield "memory, peak", f"{memory / 1e9:.1f} GB, micro-batches of {B} rows" if memory else ""
 
@@ -168,9 +168,8 @@ def abilities(runs):
         share, error = right / total, standard_error(right, total)
         chance = max(GUESSING.get(name, 0.0), runs[stage]["chat"].get("tasks", {}).get(name, {}).get("constant", 0.0))
         least = chance if 0.01 < chance < 1 else 0.0             # that says nothing about what it knows
-        known = (share - least) / (1 - least)                    # 0 = guesses, 1 = knows
         verdict = "no better than guessing" if least and share - 2 * error <= least else \
-            next(word for bound, word in VERDICTS if known >= bound)
+            next(word for bound, word in VERDICTS if centered(share, least) >= bound)
         rows.append((name, verdict, f"{right:,} of {total:,}", f"{100 * share:.1f} % ± {100 * error:.1f}",
                      f"{100 * chance:.0f} %" if chance > 0.01 else "", TITLES[stage].lower()))
     skipped = [f"{name}: skipped, {task['skipped']}." for run in runs.values()

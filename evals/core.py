@@ -30,7 +30,7 @@ import torch
 from plumbing.common import RANK, WORLD_SIZE, base_path
 from plumbing.download import download, locked
 from engine import KVCache
-from evals.metrics import choose, ticket_of
+from evals.metrics import centered, choose, ticket_of
 from plumbing.machine import barrier, sum_over_ranks
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -337,8 +337,7 @@ def evaluate_core(model, tokenizer, max_per_task=0, report=None):
     for task in TASKS:
         clock = time.perf_counter()
         right, n, too_long = evaluate_core_task(model, tokenizer, task, read_rows(folder, task), max_per_task)
-        accuracy, baseline = right / n, task.baseline / 100
-        results[task.label] = dict(accuracy=accuracy, centered=(accuracy - baseline) / (1 - baseline), n=n,
+        results[task.label] = dict(accuracy=right / n, centered=centered(right / n, task.baseline / 100), n=n,
                                    too_long=too_long, seconds=round(time.perf_counter() - clock, 3))
         if report:
             report(task.label, results[task.label])

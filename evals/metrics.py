@@ -113,6 +113,11 @@ def count_right_letters(model, tokenizer, problems):
     return right
 
 
+def centered(share, guessing):
+    """The share of right answers on a line where guessing is 0 and all right is 1."""
+    return (share - guessing) / (1 - guessing)
+
+
 def constant_share(problems):
     """
     The share of some problems that one and the same answer to all of them would have right.
