@@ -21,7 +21,7 @@ fi
 #          layers  tokens   tokens of  steps              shards     characters  tokens in    steps between  evaluated: items of a
 #                  in a row one step   base   mid   sft   of text    for the tokenizer        checkpoints    CORE task, problems
 case "$CONFIG" in
-    tiny)   set --  2   256     2048    800  1000    60     0          10000000    4096    200              0    0 ;;
+    tiny)   set --  2   256     2048    800  1200    60     0          10000000    4096    200              0    0 ;;
     demo)   set -- 12  1024   524288    500   200   100    10         500000000   65536    300            100  100 ;;
     small)  set -- 14  1536   524288   2000   500   200    22         500000000   65536    250            250  200 ;;
     medium) set -- 16  2048   524288   5000  1000   500    52         500000000   65536    180            500  500 ;;

@@ -21,7 +21,7 @@ num_shards = 0                 # learn from shards 0 ... n-1, those to come too;
 config = configure(globals())
 for name in ("max_chars", "doc_cap", "num_shards"):
     if config[name] < 0:
-        raise SystemExit(f"{name}={config[name]}: must not be negative; 0 = no limit")
+        raise SystemExit(f"{name}={config[name]}: must not be negative; 0 = all")
 
 # Finished already? Decided by the meta alone, before anything slow is imported.
 folder = base_path("tokenizer")
@@ -60,10 +60,9 @@ wait_for_shard(shard_path(VAL_SHARD))              # needed below; better to mis
 start = time.time()
 tokenizer, documents, chars = train_tokenizer(arriving(), vocab_size, max_chars, doc_cap,
                                               progress=lambda line: print(line, flush=True))
-seen = dict(chars=chars, documents=documents, shards=len(used))
 seconds = time.time() - start
 print(f"learned {tokenizer.vocab_size:,} tokens in {duration(seconds)} from "
-      f"{seen['chars']:,} characters, {seen['documents']:,} documents, {seen['shards']} shards")
+      f"{chars:,} characters, {documents:,} documents, {len(used)} shards")
 
 
 def bytes_per_token(path, most_bytes=10_000_000):
@@ -86,6 +85,7 @@ for first in (256, (256 + num_ranks) // 2, max(256, num_ranks - 12)):
     some = range(first, min(first + 12, num_ranks))
     print(f"tokens from {first}: " + " ".join(repr(tokenizer.decode([i])) for i in some))
 
+seen = dict(chars=chars, documents=documents, shards=len(used))
 tokenizer.save(folder, dict(max_chars=max_chars, doc_cap=doc_cap, seen=seen, seconds=seconds,
                             val_bytes_per_token=compression))
 print(f"fingerprint {tokenizer.fingerprint}, saved in {folder}")

@@ -250,7 +250,7 @@ def text_of(message):
 
 def import_rustbpe():
     """
-    Our Rust trainer. Two other things answer to its name; both are told apart here.
+    Our Rust crate. Two other things answer to its name; both are told apart here.
 
     The folder rustbpe/ beside the scripts imports as an empty package where the crate is not
     installed, and the package index has another project of that name.

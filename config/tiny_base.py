@@ -1,6 +1,6 @@
 # CONFIG=tiny, pretraining: the documentation inside the reader's own Python, minutes on a CPU.
 depth = 2                      # 1.4M parameters
-head_dim = 64                  # two heads: 0.02 bits per byte better than four and faster; one head can't spell
+head_dim = 64                  # two heads: 1.579 bits per byte after 500 steps where four have 1.599, and faster
 max_seq_len = 256
 total_batch_size = 2048
 num_iterations = 800

@@ -438,19 +438,16 @@ fn work(mut counter: Counter, shared: &Shared) -> Result<(), String> {
         shared.use_again(batch);
     }
     // Each adds what it finds to its own counts and lays the sum down, so the last one lays down all.
-    loop {
+    while !shared.stop.load(Ordering::Relaxed) {
         let mut total = shared.total.lock().map_err(|_| BROKEN)?;
-        match total.take() {
-            None => {
-                *total = Some(counter);
-                return Ok(());
-            }
-            Some(other) => {
-                drop(total); // others may lay down theirs meanwhile
-                counter.absorb(other);
-            }
-        }
+        let Some(other) = total.take() else {
+            *total = Some(counter);
+            break;
+        };
+        drop(total); // others may lay down theirs meanwhile
+        counter.absorb(other);
     }
+    Ok(())
 }
 
 #[cfg(test)]
