@@ -10,7 +10,6 @@ run     python base_eval.py
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import csv
-import json
 import math
 import os
 import time
@@ -27,6 +26,7 @@ from evals.core import evaluate_core, fetch_bundle, gpt2_scores
 from data import VAL_SHARD, TokenStream, make_token_files, shard_path, token_path
 from engine import Engine, printable
 from evals.metrics import continue_prompts, evaluate_bpb
+from evals.saved import read_results, write_results
 
 tasks = "bpb,samples,core"     # -a: what to evaluate
 model_tag = ""                 # which model, like d12; "" = the only one there is
@@ -53,11 +53,8 @@ model, tokenizer = load_model(folder, meta, machine)
 path = os.path.join(folder, "eval.json")
 
 # results of the same weights stay; what is evaluated now takes the place of its part
-results = dict(step=meta["step"], checkpoint=sha_of(meta), settings={}, seconds={})
-if os.path.exists(path):
-    with open(path, encoding="utf-8") as f:
-        old = json.load(f)
-    results = old if old["checkpoint"] == results["checkpoint"] else results
+fresh = dict(step=meta["step"], checkpoint=sha_of(meta), settings={}, seconds={})
+results = read_results(path, checkpoint=sha_of(meta)) or fresh
 if resume:
     parts = [part for part in parts if results["settings"].get(part) != SETTINGS[part]]
     if not parts:
@@ -70,9 +67,7 @@ def keep(part, seconds, **values):
     """Add one part's numbers to eval.json at once: what comes after may fail."""
     results.update(values)
     results["settings"][part], results["seconds"][part] = SETTINGS[part], round(seconds, 1)
-    if RANK == 0:
-        with atomic_write(path, "w") as f:
-            json.dump(results, f, indent=1)
+    write_results(path, results)
     print0(f"{part}: {duration(seconds)}")
 
 

@@ -1,24 +1,23 @@
 """
 Test a chat model on six tasks: three multiple choice, three answered in words, numbers or code.
 
-reads   <stage>_checkpoints/<model_tag>/, tokenizer/, task_data/ (through tasks.py)
+reads   <stage>_checkpoints/<model_tag>/, tokenizer/, task_data/ (through tasks/)
 writes  <stage>_checkpoints/<model_tag>/chat_eval.json
 run     python chat_eval.py -i sft
         python chat_eval.py -i mid -a GSM8K,SpellingBee -x 100
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
-import json
 import os
 import time
 
-from evals import humaneval
+from evals import humaneval, sandbox
 from plumbing import machine as runtime
-from evals import sandbox
 from checkpoint import find_checkpoint, load_model, sha_of
-from plumbing.common import RANK, atomic_write, duration, print0, standard_error
+from plumbing.common import duration, print0, standard_error
 from plumbing.configurator import configure
 from engine import Engine
-from evals.metrics import GUESSING, constant_share, evaluate_task
+from evals.metrics import GUESSING, centered, constant_share, evaluate_task
+from evals.saved import read_results, write_results
 from tasks import all_tests, check, who_is
 
 source = "sft"                 # -i: whose model: base, mid or sft
@@ -46,8 +45,7 @@ def chatcore(results, names):
     """
     if not all("accuracy" in results.get(name, {}) for name in names):
         return None
-    centered = [(results[name]["accuracy"] - GUESSING.get(name, 0)) / (1 - GUESSING.get(name, 0)) for name in names]
-    return sum(centered) / len(centered)
+    return sum(centered(results[name]["accuracy"], GUESSING.get(name, 0)) for name in names) / len(names)
 
 
 folder, meta = find_checkpoint(source, model_tag, step)
@@ -61,50 +59,39 @@ if set(wanted) - set(tests):
     raise SystemExit(f"tasks={tasks}: must be some of {','.join(tests)}")
 
 # results of the same weights stay; what is tested now takes the place of its own
-results = dict(stage=source, step=meta["step"], checkpoint=sha_of(meta), tasks={}, seconds=0.0)
-if os.path.exists(path):
-    with open(path, encoding="utf-8") as f:
-        old = json.load(f)
-    results = old if old["checkpoint"] == results["checkpoint"] else results
-
+fresh = dict(stage=source, step=meta["step"], checkpoint=sha_of(meta), tasks={}, seconds=0.0)
+results = read_results(path, checkpoint=sha_of(meta)) or fresh
 settings = dict(max_problems=max_problems, max_tokens=max_tokens, dtype=machine.dtype_name)
-
-
-def save_results():
-    """After every task: a long evaluation is never lost."""
-    results["chatcore"], results["chatcore5"] = chatcore(results["tasks"], CHATCORE), chatcore(results["tasks"], CHATCORE[:5])
-    if RANK == 0:
-        with atomic_write(path, "w") as f:
-            json.dump(results, f, indent=1)
-
 
 for name in wanted:
     done = results["tasks"].get(name, {})
     if resume and "accuracy" in done and done["settings"] == settings:
         print0(f"{name}: {done['right']} of {done['total']}, there already")
         continue
-    clock, check_answer = time.perf_counter(), check
+    clock, check_answer, problem = time.perf_counter(), check, ""
     if name == "HumanEval":
-        results["sandbox"] = sandbox.layers()
-        if not (sandbox.available() or unsafe_exec):
-            results["tasks"].setdefault(name, dict(skipped=sandbox.refusal()))
-            print0(f"{name}: skipped, {sandbox.refusal()}")
-            save_results()
-            continue
-        print0(f"{name}: programs run behind {', '.join(sandbox.layers()) or 'nothing at all'}")
-        check_answer = lambda problem, answer: humaneval.check(problem, answer, unsafe=unsafe_exec).passed  # noqa: E731
-    right, total = evaluate_task(engine, tests[name], check_answer, max_problems, max_tokens, batch_size)
-    accuracy, seconds = right / total, time.perf_counter() - clock
-    stderr, constant = standard_error(right, total), constant_share([tests[name][i] for i in range(total)])
-    results["tasks"][name] = dict(right=right, total=total, accuracy=accuracy, stderr=stderr, constant=constant,
-                                  seconds=seconds, settings=settings)
-    results["seconds"] += seconds
-    skewed = f"; one answer to all would get {100 * constant:.1f} %" if constant > GUESSING.get(name, 0) else ""
-    print0(f"{name}: {right} of {total} = {100 * accuracy:.1f} % (standard error {100 * stderr:.1f} %{skewed}), "
-           f"{duration(seconds)}")
-    save_results()
+        results["sandbox"], problem = sandbox.layers(), "" if unsafe_exec else sandbox.problem_with_layers()
+        layers = ", ".join(sandbox.layers()) or "nothing at all"
+        print0(f"{name}: " + (f"skipped, {problem}" if problem else f"programs run behind {layers}"))
+        check_answer = lambda row, answer: humaneval.check(row, answer, unsafe=unsafe_exec).passed   # noqa: E731
+    if problem:
+        results["tasks"].setdefault(name, dict(skipped=problem))
+    else:
+        right, total = evaluate_task(engine, tests[name], check_answer, max_problems, max_tokens, batch_size)
+        accuracy, seconds = right / total, time.perf_counter() - clock
+        stderr, constant = standard_error(right, total), constant_share([tests[name][i] for i in range(total)])
+        results["tasks"][name] = dict(right=right, total=total, accuracy=accuracy, stderr=stderr, constant=constant,
+                                      seconds=seconds, settings=settings)
+        results["seconds"] += seconds
+        skewed = f"; one answer to all would get {100 * constant:.1f} %" if constant > GUESSING.get(name, 0) else ""
+        print0(f"{name}: {right} of {total} = {100 * accuracy:.1f} % (standard error {100 * stderr:.1f} %{skewed}), "
+               f"{duration(seconds)}")
+    results["chatcore"] = chatcore(results["tasks"], CHATCORE)
+    results["chatcore5"] = chatcore(results["tasks"], CHATCORE[:5])
+    write_results(path, results)
 
 if results.get("chatcore") is not None:
-    print0(f"ChatCORE {results['chatcore']:.4f}, over the five tasks of the original's table {results['chatcore5']:.4f}")
+    print0(f"ChatCORE {results['chatcore']:.4f}, over the five tasks of the original's table "
+           f"{results['chatcore5']:.4f}")
 print0(f"chat_eval: {folder}, results in {path}")
 runtime.finish()

@@ -10,7 +10,6 @@ writes  report/<model_tag>.md and report/<model_tag>/curves.png below the base f
 run     python report.py --model_tag=d12
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
-import ast
 import math
 import os
 import platform
@@ -22,11 +21,11 @@ from urllib.parse import quote
 from checkpoint import FOLDERS, SCRIPTS, is_finished
 from plumbing.common import atomic_write, base_path, duration, standard_error
 from plumbing.configurator import configure
-from evals.curves import at_end, draw, series, sparklines
+from evals.curves import at_end, draw, series
 from engine import printable
-from evals.metrics import GUESSING
-from evals.results import (TITLES, answers, chain_remarks, evaluation_seconds, find_tag, read_json, read_run, seconds_of,
-                     validation)
+from evals.metrics import GUESSING, centered
+from evals.results import TITLES, answers, chain_remarks, find_tag, read_run, seconds_of, validation
+from evals.saved import read_json
 
 model_tag = ""                 # which model; "" = the only one there is
 copy_to = "report.md"          # a copy beside the scripts, report_TAG.md where that is another model's; "" = none
@@ -68,14 +67,11 @@ def git_state():
 # 1. Sections: each function returns a list of paragraphs in markdown.
 
 
-def cell(value):
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
 def table(rows, head=("", "")):
     """A markdown table; empty with no rows."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines) if rows else ""
+    lines = [[str(value).replace("|", "\\|").replace("\n", " ") for value in line]
+             for line in (head, ["---"] * len(head), *rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if rows else ""
 
 
 def plural(number, noun):
@@ -114,46 +110,20 @@ def header(tag, runs):
     return [*parts, table(rows)]
 
 
-def changed_knobs(script, knobs):
-    """The knobs whose value is not the default in the script, as one line; all where there is no script."""
-    defaults = {}
-    try:
-        with open(os.path.join(HERE, script), encoding="utf-8") as f:
-            for node in ast.parse(f.read()).body:
-                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    try:
-                        defaults.setdefault(node.targets[0].id, ast.literal_eval(node.value))
-                    except ValueError:
-                        pass                                     # an expression, so no knob
-    except (OSError, SyntaxError):
-        pass
-    changed = [f"`{name}={value!r}`" for name, value in knobs.items()
-               if name not in ("resume", "run") and (name not in defaults or defaults[name] != value)]
-    return " ".join(changed) or "the defaults"
-
-
-def data_text(run):
-    """What a stage was trained on."""
-    meta = run["meta"]
-    rows = meta.get("rows", 0)
-    if "shards" in meta:
-        return f"{plural(len(meta['shards']), 'shard')} of text, {rows:,} rows per step"
-    conversations = meta.get("conversations")
-    if not conversations:
-        return ""
-    epochs = f", {meta['step'] * rows / conversations:.2f} epochs" if run["stage"] == "sft" else ""
-    return f"{conversations:,} conversations, {rows:,} rows per step{epochs}"
-
-
-def work_rows(run):
-    """How far a stage is and what it took, as (name, value) rows; "" where it is not known."""
+def stage_rows(run):
+    """How far a stage is, what it took and what came out of it, as (name, value) rows; "" where it is not known."""
     meta, log = run["meta"], run["log"]
     reached = max([meta.get("step", 0), *(step + 1 for step in series(log, "loss")[0][-1:])])
     total = meta.get("num_iterations")
     saved = f"checkpoint of step {meta['step']:,}" if meta else "no checkpoint yet"
     yield "steps", (f"{reached:,} of {total:,}" if total else f"{reached:,}") + \
         ("" if total and is_finished(meta) else f", not finished; {saved}")
-    yield "data", data_text(run)
+    rows, conversations = meta.get("rows", 0), meta.get("conversations")
+    if "shards" in meta:
+        yield "data", f"{plural(len(meta['shards']), 'shard')} of text, {rows:,} rows per step"
+    elif conversations:
+        epochs = f", {meta['step'] * rows / conversations:.2f} epochs" if run["stage"] == "sft" else ""
+        yield "data", f"{conversations:,} conversations, {rows:,} rows per step{epochs}"
     tokens = int(meta.get("progress", {}).get("tokens", 0))
     per_parameter = f", {tokens / meta['params']['total']:.1f} per parameter" if "params" in meta else ""
     work = f", {tokens * meta['flops_per_token']:.1e} FLOP" if "flops_per_token" in meta else ""
@@ -162,14 +132,11 @@ def work_rows(run):
     speed, mfu = series(log, "tokens_per_second")[1], series(log, "mfu")[1]
     yield "tokens per second, median", f"{statistics.median(speed):,.0f}" if speed else ""
     yield "MFU, median", (f"{100 * statistics.median(mfu):.1f} %" if mfu else
-                          "not known: no peak for this machine in budget.py" if speed else "")
-    memory, rows = meta.get("peak_memory"), meta.get("device_batch_size", "?")
-    yield "memory, peak", f"{memory / 1e9:.1f} GB, micro-batches of {rows} rows" if memory else ""
+                          "not known: no peak for this machine in plumbing/budget.py" if speed else "")
+    memory, B = meta.get("peak_memory"), meta.get("device_batch_size", "?")
+    yield "memory, peak", f"{memory / 1e9:.1f} GB, micro-batches of {B} rows" if memory else ""
 
-
-def result_rows(run):
-    """What came out of a stage, and the knobs that made it; rows as in work_rows."""
-    losses, text = series(run["log"], "loss")[1], run["text"]
+    losses, text = series(log, "loss")[1], run["text"]
     yield "training loss, nats per token", \
         f"{losses[0]:.3f} at first, {at_end(losses):.3f} at the end" if losses else ""
     for key, unit in (("val_bpb", "bits per byte"), ("val_loss", "nats per token")):
@@ -177,8 +144,6 @@ def result_rows(run):
         yield f"validation, {unit}", f"{value:.4f}" if value is not None else ""
     yield "evaluated once more, bits per byte", (f"{text['train_bpb']:.4f} on training text, {text['val_bpb']:.4f} on "
                                                  "validation text" if "train_bpb" in text else "")
-    knobs = run["meta"].get("config")
-    yield "knobs that are not the defaults", changed_knobs(SCRIPTS[run["stage"]], knobs) if knobs else ""
 
 
 def core_details(text):
@@ -203,9 +168,8 @@ def abilities(runs):
         share, error = right / total, standard_error(right, total)
         chance = max(GUESSING.get(name, 0.0), runs[stage]["chat"].get("tasks", {}).get(name, {}).get("constant", 0.0))
         least = chance if 0.01 < chance < 1 else 0.0             # that says nothing about what it knows
-        known = (share - least) / (1 - least)                    # 0 = guesses, 1 = knows
         verdict = "no better than guessing" if least and share - 2 * error <= least else \
-            next(word for bound, word in VERDICTS if known >= bound)
+            next(word for bound, word in VERDICTS if centered(share, least) >= bound)
         rows.append((name, verdict, f"{right:,} of {total:,}", f"{100 * share:.1f} % ± {100 * error:.1f}",
                      f"{100 * chance:.0f} %" if chance > 0.01 else "", TITLES[stage].lower()))
     skipped = [f"{name}: skipped, {task['skipped']}." for run in runs.values()
@@ -213,9 +177,9 @@ def abilities(runs):
     if not rows and not skipped:
         return []
     return ["## What it can and can't do",
-            "Measured on held-out questions; ± is one standard error. Right for 90 % is a yes, for 60 % mostly, for 20 % "
-            "sometimes, for 2 % rarely; the part is counted that guessing does not explain. Guessing: what chance has "
-            "right in a multiple choice, or one answer given to all where that is more (100 %: all have the same).",
+            "Measured on held-out questions; ± is one standard error. Right for 90 % is a yes, for 60 % mostly, for "
+            "20 % sometimes, for 2 % rarely; the part is counted that guessing does not explain. Guessing: what chance "
+            "has right in a multiple choice, or one answer given to all where that is more (100 %: all have the same).",
             table(rows, ("", "", "right", "share", "guessing", "after")), *dict.fromkeys(skipped)]
 
 
@@ -252,8 +216,9 @@ def costs(runs, tokenizer):
     parts = [("tokenizer", tokenizer.get("seconds", 0.0), 1)]
     for stage, run in runs.items():
         count = run["meta"].get("machine", {}).get("world_size", 1)
+        tested = sum(run["text"].get("seconds", {}).values()) + run["chat"].get("seconds", 0.0)
         parts += [(TITLES[stage].lower(), seconds_of(run), count),
-                  (f"evaluation after {TITLES[stage].lower()}", evaluation_seconds(run), count)]
+                  (f"evaluation after {TITLES[stage].lower()}", tested, count)]
     seconds, hours = sum(part[1] for part in parts), sum(part[1] * part[2] for part in parts) / 3600
     rows = [(name, duration(part)) for name, part, _ in parts if part]
     on_gpu = any(run["meta"].get("machine", {}).get("device") == "cuda" for run in runs.values())
@@ -265,7 +230,7 @@ def costs(runs, tokenizer):
 
 
 def samples(runs):
-    """What the base model goes on with, as it is."""
+    """What the base model goes on with."""
     texts = runs["base"]["text"].get("samples", []) if "base" in runs else []
     if not texts:
         return []
@@ -306,9 +271,10 @@ def stage_part(stage, run):
     if run is None:
         return [f"## {TITLES[stage]}", f"Not run yet: `python {SCRIPTS[stage]}`"]
     layers = run["chat"].get("sandbox")
-    rows = [row for row in (*work_rows(run), *result_rows(run)) if row[1]]
-    return [f"## {TITLES[stage]}", table(rows), *core_details(run["text"]),
-            *([f"HumanEval's programs ran behind: {', '.join(layers)}."] if layers else [])]
+    knobs = " ".join(f"`{name}={value!r}`" for name, value in run["meta"].get("config", {}).items())
+    return [f"## {TITLES[stage]}", table([row for row in stage_rows(run) if row[1]]), *core_details(run["text"]),
+            *([f"HumanEval's programs ran behind: {', '.join(layers)}."] if layers else []),
+            *(["<details><summary>All knobs</summary>", knobs, "</details>"] if knobs else [])]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -321,17 +287,7 @@ tokenizer = read_json(base_path("tokenizer", "meta.json"), remarks)
 remarks += chain_remarks(runs)
 page_path, picture = base_path("report", f"{tag}.md"), base_path("report", tag, "curves.png")
 logs = [(TITLES[stage], run["log"]) for stage, run in runs.items()]
-drawn = draw(logs, picture)
-
-
-def curves_part(prefix):
-    """The picture, by a path relative to the page; without matplotlib lines of blocks."""
-    if drawn:
-        return ["## Curves", f"![Loss, bits per byte and speed of the stages]({prefix}{quote(tag)}/curves.png)"]
-    lines = sparklines(logs)
-    return ["## Curves", "Text instead of a picture, because matplotlib is not installed (`pip install matplotlib`):",
-            f"```text\n{lines}\n```"] if lines else []
-
+no_picture = draw(logs, picture)                                 # why there is none
 
 middle = [*abilities(runs), *samples(runs), *costs(runs, tokenizer), *tokenizer_part(tokenizer)]
 last = [part for stage, run in stages.items() for part in stage_part(stage, run)]
@@ -341,7 +297,10 @@ if remarks:
 
 
 def page(prefix):
-    return "\n\n".join(filter(None, [*first, *curves_part(prefix), *middle, *last])) + "\n"
+    """prefix: the folder of the picture, as seen from the page"""
+    curves = f"![Loss, bits per byte and speed of the stages]({prefix}{quote(tag)}/curves.png)"
+    curves = f"No picture: {no_picture}." if no_picture else curves
+    return "\n\n".join(filter(None, [*first, "## Curves", curves, *middle, *last])) + "\n"
 
 
 with atomic_write(page_path, "w") as f:
@@ -354,11 +313,11 @@ if copy_to and os.path.exists(copy):
 if copy:
     with atomic_write(copy, "w") as f:
         f.write(page("report/"))
-    if drawn:                                                    # the copy shows a picture beside itself
+    if not no_picture:                                           # the copy shows a picture beside itself
         beside = os.path.join(os.path.dirname(copy), "report", tag, "curves.png")
         with open(picture, "rb") as source, atomic_write(beside) as f:
             shutil.copyfileobj(source, f)
 for name, (right, total) in {n: a for run in runs.values() for n, a in answers(run).items()}.items():
     print(f"{name}: {right} of {total}")
 written = page_path + (f" and {os.path.basename(copy)}" if copy else "")
-print(f"the report card: {written}" + ("" if drawn else ", without a picture"))
+print(f"the report card: {written}" + (f", without a picture: {no_picture}" if no_picture else ""))

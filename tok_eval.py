@@ -10,7 +10,6 @@ run     python tok_eval.py
         python tok_eval.py --references=             ours alone, nothing is fetched
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
-import json
 import os
 import textwrap
 import threading
@@ -19,9 +18,10 @@ import time
 import tiktoken
 from tiktoken_ext import openai_public
 
-from plumbing.common import atomic_write, base_path
+from plumbing.common import base_path
 from plumbing.configurator import configure
 from data import VAL_SHARD, read_texts, shard_path
+from evals.saved import read_results, write_results
 from tokenizer import load_tokenizer
 
 references = "gpt2,cl100k_base"  # tiktoken's names of the vocabularies to compare with; "" = none
@@ -120,15 +120,6 @@ the effect was not found in every species or every year.
 }
 
 
-def load_reference(name, found):
-    """Put the tiktoken encoding into found, or the sentence why there is none."""
-    try:
-        # not tiktoken.get_encoding: its lock would let one that hangs hold up all others
-        found[name] = tiktoken.Encoding(**openai_public.ENCODING_CONSTRUCTORS[name]())
-    except Exception as error:             # whatever the network or a broken cache may come up with
-        found[name] = f"{type(error).__name__}: {error}".partition("(")[0].rstrip(": ")    # without the whole chain
-
-
 def load_references(names):
     """
     {name: encoding, or why it is missing}, after fetch_seconds at most.
@@ -136,7 +127,15 @@ def load_references(names):
     tiktoken fetches without a time limit, so it does that in threads that are not waited for.
     """
     found = {}
-    threads = [threading.Thread(target=load_reference, args=(name, found), daemon=True) for name in names]
+
+    def load(name):
+        try:
+            # not tiktoken.get_encoding: its lock would let one that hangs hold up all others
+            found[name] = tiktoken.Encoding(**openai_public.ENCODING_CONSTRUCTORS[name]())
+        except Exception as error:         # whatever the network or a broken cache may come up with
+            found[name] = f"{type(error).__name__}: {error}".partition("(")[0].rstrip(": ")    # without the whole chain
+
+    threads = [threading.Thread(target=load, args=[name], daemon=True) for name in names]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + fetch_seconds
@@ -156,24 +155,6 @@ def shard_documents(path):
             return
 
 
-def measure(pieces, encoders):
-    """{"bytes": of the text, "tokens": {name: how many}} of a list of str."""
-    num_bytes = sum(len(piece.encode("utf-8", "replace")) for piece in pieces)
-    return dict(bytes=num_bytes, tokens={name: sum(len(encode(piece)) for piece in pieces)
-                                         for name, encode in encoders.items()})
-
-
-def show(texts, names):
-    """The table: bytes, bytes per token of each tokenizer, and what the others need for one token of ours."""
-    titles = [*names, *(f"{name}/ours" for name in names[1:])]
-    print(f"{'text':12}{'bytes':>10}" + "".join(f"{title:>12}" for title in titles))
-    for label, text in texts.items():
-        tokens = text["tokens"]
-        numbers = [text["bytes"] / tokens[name] for name in names]
-        numbers += [tokens[name] / tokens["ours"] for name in names[1:]]
-        print(f"{label:12}{text['bytes']:>10,}" + "".join(f"{number:12.3f}" for number in numbers))
-
-
 # the same tokenizer with the same settings was measured already?
 if fetch_seconds <= 0 or num_chars <= 0:
     raise SystemExit("fetch_seconds and num_chars must be above 0")
@@ -184,13 +165,10 @@ if unknown:
 tokenizer = load_tokenizer()
 path = base_path("tokenizer", "eval.json")
 settings = dict(references=wanted, num_chars=num_chars)
-if resume and os.path.exists(path):
-    with open(path, encoding="utf-8") as f:
-        old = json.load(f)
-    if old["fingerprint"] == tokenizer.fingerprint and old["settings"] == settings:
-        again = f" (without {', '.join(old['missing'])}; python tok_eval.py tries again)" if old["missing"] else ""
-        print(f"tok_eval: finished already, see {path}{again}")
-        raise SystemExit(0)
+if resume and (old := read_results(path, fingerprint=tokenizer.fingerprint, settings=settings)):
+    again = f" (without {', '.join(old['missing'])}; python tok_eval.py tries again)" if old["missing"] else ""
+    print(f"tok_eval: finished already, see {path}{again}")
+    raise SystemExit(0)
 
 # the texts: five of our own, and what the model is trained and tested on
 pieces = {label: [text] for label, text in TEXTS.items()}
@@ -206,14 +184,23 @@ loaded = load_references(wanted)
 missing = {TITLES.get(name, name): what for name, what in loaded.items() if isinstance(what, str)}
 theirs = {TITLES.get(name, name): what for name, what in loaded.items() if not isinstance(what, str)}
 encoders = {"ours": tokenizer.encode, **{title: encoding.encode_ordinary for title, encoding in theirs.items()}}
-texts = {label: measure(some, encoders) for label, some in pieces.items() if some}
+texts = {}
+for label, some in pieces.items():
+    if some:
+        tokens = {name: sum(len(encode(piece)) for piece in some) for name, encode in encoders.items()}
+        texts[label] = dict(bytes=sum(len(piece.encode("utf-8", "replace")) for piece in some), tokens=tokens)
 
+# the table: bytes per token of each tokenizer, and what the others need for one token of ours
 vocab_sizes = {"ours": tokenizer.vocab_size, **{title: encoding.n_vocab for title, encoding in theirs.items()}}
 print("bytes per token; the vocabularies: " + ", ".join(f"{name} {size:,}" for name, size in vocab_sizes.items()))
-show(texts, list(encoders))
+titles = [*encoders, *(f"{title}/ours" for title in theirs)]
+print(f"{'text':12}{'bytes':>10}" + "".join(f"{title:>12}" for title in titles))
+for label, text in texts.items():
+    counts = text["tokens"]
+    numbers = [text["bytes"] / n for n in counts.values()] + [counts[title] / counts["ours"] for title in theirs]
+    print(f"{label:12}{text['bytes']:>10,}" + "".join(f"{number:12.3f}" for number in numbers))
 for title, why in missing.items():
     print(f"{title}: not compared, tiktoken has not got its vocabulary here ({textwrap.shorten(why, 80)})")
-with atomic_write(path, "w") as f:
-    json.dump(dict(fingerprint=tokenizer.fingerprint, settings=settings, vocab_sizes=vocab_sizes, texts=texts,
-                   missing=missing), f, indent=1)
+write_results(path, dict(fingerprint=tokenizer.fingerprint, settings=settings, vocab_sizes=vocab_sizes, texts=texts,
+                         missing=missing))
 print(f"tok_eval: written to {path}")

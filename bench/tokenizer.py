@@ -8,18 +8,20 @@ trained vocabulary; memory is what the process has at most above one that only r
 reads   one parquet file with a column `text`
 writes  nothing that stays
 run     pip install --target=peers rustbpe==0.1.0 tokenizers
-        python bench_tokenizer.py --text=shard_00000.parquet --peers=peers
+        python -m bench.tokenizer --text=shard_00000.parquet --peers=peers       in the project folder
 """
 import hashlib
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
 from plumbing.configurator import configure
+from tokenizer import SPLIT_PATTERN
 
 text = ""                      # the parquet file
 peers = ""                     # folder with the other trainers, never the environment; "" = only ours
@@ -32,8 +34,6 @@ measure = ""                   # set by this script itself: the one program to r
 folder = ""                    # set by this script itself: where the vocabularies are handed over
 config = configure(globals(), show=False)
 
-PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-           r"|\s*[\r\n]|\s+(?!\S)|\s+")
 TRAINERS = {                   # measure: what the table calls it
     "reading": "reading only",
     "ours": "ours, iterator",
@@ -65,18 +65,18 @@ def train_huggingface():
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), "isolated", False),
+        pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated", False),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=0, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=0, initial_alphabet=alphabet,
+                                  show_progress=False)
     tokenizer.train_from_iterator(documents(), trainer)
-
-    def to_bytes(token):       # it writes the 256 bytes as 256 printable characters, in this order
-        return bytes(byte_of[character] for character in token)
+    # it writes the 256 bytes as 256 printable characters, in this order
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-    return lambda: [to_bytes(token) for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    return lambda: [bytes(byte_of[character] for character in tokenizer.id_to_token(i))
+                    for i in range(tokenizer.get_vocab_size())]
 
 
 def train(name):
@@ -93,28 +93,20 @@ def train(name):
     tokenizer = rustbpe.Tokenizer()
     options = dict(num_threads=num_threads) if ours else {}
     if name == "parquet":
-        tokenizer.train_from_parquet(text, vocab_size, max_chars, pattern=PATTERN, **options)
+        tokenizer.train_from_parquet(text, vocab_size, max_chars, pattern=SPLIT_PATTERN, **options)
     else:
-        tokenizer.train_from_iterator(documents(), vocab_size, pattern=PATTERN, **options)
+        tokenizer.train_from_iterator(documents(), vocab_size, pattern=SPLIT_PATTERN, **options)
     return lambda: [bytes(token) for token, _ in tokenizer.get_mergeable_ranks()]
-
-
-def cpu_seconds():
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-def peak_mb():
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)  # bytes there, kilobytes elsewhere
 
 
 def measure_training(name):
     """CPU seconds, wall seconds and peak memory of one trainer; leaves its tokens in the folder."""
     import pyarrow.parquet  # noqa: F401  imports are not what is measured
-    cpu, wall = cpu_seconds(), time.perf_counter()
+    cpu, wall = time.process_time(), time.perf_counter()
     get_tokens = train(name)
-    result = dict(cpu=cpu_seconds() - cpu, wall=time.perf_counter() - wall, peak=peak_mb())
+    result = dict(cpu=time.process_time() - cpu, wall=time.perf_counter() - wall)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result["peak"] = peak / (1e6 if sys.platform == "darwin" else 1e3)   # bytes there, kilobytes elsewhere
     with open(os.path.join(folder, name), "w") as f:
         json.dump([token.hex() for token in get_tokens()], f)
     return result
@@ -133,21 +125,17 @@ def measure_encoding(name):
     num_mb = sum(len(document.encode()) for document in chosen) / 1e6
     if name == "tiktoken":
         import tiktoken
-        encoding = tiktoken.Encoding("bench", pat_str=PATTERN, mergeable_ranks=dict(ranks), special_tokens={})
-
-        def encode():
-            return [i for document in chosen for i in encoding.encode_ordinary(document)]
+        encoding = tiktoken.Encoding("bench", pat_str=SPLIT_PATTERN, mergeable_ranks=dict(ranks), special_tokens={})
+        encode = lambda: [i for document in chosen for i in encoding.encode_ordinary(document)]          # noqa: E731
     else:
         import rustbpe
-        tokenizer = rustbpe.Tokenizer.from_ranks(ranks, PATTERN)
-
-        def encode():
-            return tokenizer.batch_encode(chosen, num_threads=1)[0]
+        tokenizer = rustbpe.Tokenizer.from_ranks(ranks, SPLIT_PATTERN)
+        encode = lambda: tokenizer.batch_encode(chosen, num_threads=1)[0]                                # noqa: E731
     seconds = []
     for _ in range(4):
-        start = cpu_seconds()
+        start = time.process_time()
         ids = encode()
-        seconds.append(cpu_seconds() - start)
+        seconds.append(time.process_time() - start)
     digest = hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
     return dict(first=num_mb / seconds[0], best=num_mb / min(seconds[1:]), digest=digest)
 
@@ -160,15 +148,11 @@ def run_alone(name):
     if name in ("published", "huggingface"):
         environment["PYTHONPATH"] = peers
     flags = [f"--{knob}={value}" for knob, value in config.items() if knob not in ("measure", "folder")]
-    command = [sys.executable, os.path.abspath(__file__), *flags, f"--measure={name}", f"--folder={folder}"]
+    command = [sys.executable, "-m", "bench.tokenizer", *flags, f"--measure={name}", f"--folder={folder}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def median(values):
-    return sorted(values)[len(values) // 2]
 
 
 def agreement(name):
@@ -185,7 +169,8 @@ def agreement(name):
 
 def print_training(results):
     print(f"\n{'training':<22}{'CPU s':>8}{'wall s':>8}{'MB':>7}{'CPU / iterator':>16}{'CPU / parquet':>15}  tokens")
-    middle = {name: {key: median([run[key] for run in runs]) for key in runs[0]} for name, runs in results.items()}
+    middle = {name: {key: statistics.median_high(run[key] for run in runs) for key in runs[0]}
+              for name, runs in results.items()}
     for name, run in middle.items():
         memory = run["peak"] - middle["reading"]["peak"]
         ratios = ["", ""]
@@ -199,7 +184,7 @@ def print_encoding(results):
     print(f"\n{'encoding, 1 thread':<22}{'MB / CPU s':>12}{'first pass':>12}  ids")
     same = len({run["digest"] for runs in results.values() for run in runs}) == 1
     for name, runs in results.items():
-        best, first = (median([run[key] for run in runs]) for key in ("best", "first"))
+        best, first = (statistics.median_high(run[key] for run in runs) for key in ("best", "first"))
         print(f"{ENCODERS[name]:<22}{best:>12.1f}{first:>12.1f}  {'identical' if same else 'DIFFERENT'}")
 
 

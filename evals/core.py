@@ -15,7 +15,6 @@ nanochat, so a whole evaluation compares with its numbers. Three differences: it
 rows that max_per_task leaves, here a cap leaves the prompts as they are; it takes the first of
 equal choices, here see metrics.choose; it reads more than the model's context, here make_item cuts.
 """
-import ast
 import csv
 import json
 import os
@@ -31,7 +30,7 @@ import torch
 from plumbing.common import RANK, WORLD_SIZE, base_path
 from plumbing.download import download, locked
 from engine import KVCache
-from evals.metrics import choose, ticket_of
+from evals.metrics import centered, choose, ticket_of
 from plumbing.machine import barrier, sum_over_ranks
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -43,7 +42,7 @@ CHUNK = 512                    # items rendered at a time: 2 million tokens as P
 TOKENS_GPU, TOKENS_CPU = 2 ** 14, 2 ** 12  # read in one pass; a GPU holds 2 GB for them at depth 20
 
 
-class Task(NamedTuple):
+class CoreTask(NamedTuple):
     label: str
     file: str                  # below eval_data/
     kind: str                  # multiple_choice, schema or language_modeling
@@ -54,40 +53,41 @@ class Task(NamedTuple):
 
 MC, SCHEMA, LM = "multiple_choice", "schema", "language_modeling"
 ANSWER = "\nAnswer: "
-# The baselines are the bundle's own. Guessing gets something else in boolq (62 is the share of
-# "yes"; guessing gets 50), language_identification (9.1; 25), commonsense_qa and lsat_ar (20;
-# 25, of five choices the bundle has four). So guessing everywhere gives a CORE of -0.001.
+# Copied from core.yaml and eval_meta_data.csv of the bundle, the baselines too. Guessing gets something
+# else in boolq (62 is the share of "yes"; guessing gets 50), language_identification (9.1; 25),
+# commonsense_qa and lsat_ar (20; 25, of five choices the bundle has four), so guessing everywhere gives
+# a CORE of -0.001. jeopardy's has_categories would average over its five subjects; the original's score doesn't.
 TASKS = [
-    Task("hellaswag_zeroshot", "language_understanding/hellaswag.jsonl", MC, 0, " ", 25),
-    Task("jeopardy", "world_knowledge/jeopardy_all.jsonl", LM, 10, ANSWER, 0),
-    Task("bigbench_qa_wikidata", "world_knowledge/bigbench_qa_wikidata.jsonl", LM, 10, " ", 0),
-    Task("arc_easy", "world_knowledge/arc_easy.jsonl", MC, 10, ANSWER, 25),
-    Task("arc_challenge", "world_knowledge/arc_challenge.jsonl", MC, 10, ANSWER, 25),
-    Task("copa", "commonsense_reasoning/copa.jsonl", MC, 0, " ", 50),
-    Task("commonsense_qa", "commonsense_reasoning/commonsense_qa.jsonl", MC, 10, " ", 20),
-    Task("piqa", "commonsense_reasoning/piqa.jsonl", MC, 10, ANSWER, 50),
-    Task("openbook_qa", "commonsense_reasoning/openbook_qa.jsonl", MC, 0, " ", 25),
-    Task("lambada_openai", "language_understanding/lambada_openai.jsonl", LM, 0, " ", 0),
-    Task("hellaswag", "language_understanding/hellaswag.jsonl", MC, 10, " ", 25),
-    Task("winograd", "language_understanding/winograd_wsc.jsonl", SCHEMA, 0, " ", 50),
-    Task("winogrande", "language_understanding/winogrande.jsonl", SCHEMA, 0, " ", 50),
-    Task("bigbench_dyck_languages", "symbolic_problem_solving/bigbench_dyck_languages.jsonl", LM, 10, " ", 0),
-    Task("agi_eval_lsat_ar", "symbolic_problem_solving/agi_eval_lsat_ar.jsonl", MC, 3, " ", 20),
-    Task("bigbench_cs_algorithms", "symbolic_problem_solving/bigbench_cs_algorithms.jsonl", LM, 10, " ", 0),
-    Task("bigbench_operators", "symbolic_problem_solving/bigbench_operators.jsonl", LM, 10, " ", 0),
-    Task("bigbench_repeat_copy_logic", "symbolic_problem_solving/bigbench_repeat_copy_logic.jsonl", LM, 10, " ", 0),
-    Task("squad", "reading_comprehension/squad.jsonl", LM, 10, " ", 0),
-    Task("coqa", "reading_comprehension/coqa.jsonl", LM, 0, " ", 0),
-    Task("boolq", "reading_comprehension/boolq.jsonl", MC, 10, ANSWER, 62),
-    Task("bigbench_language_identification", "language_understanding/bigbench_language_identification.jsonl",
-         MC, 10, " ", 9.1),
+    CoreTask("hellaswag_zeroshot", "language_understanding/hellaswag.jsonl", MC, 0, " ", 25),
+    CoreTask("jeopardy", "world_knowledge/jeopardy_all.jsonl", LM, 10, ANSWER, 0),
+    CoreTask("bigbench_qa_wikidata", "world_knowledge/bigbench_qa_wikidata.jsonl", LM, 10, " ", 0),
+    CoreTask("arc_easy", "world_knowledge/arc_easy.jsonl", MC, 10, ANSWER, 25),
+    CoreTask("arc_challenge", "world_knowledge/arc_challenge.jsonl", MC, 10, ANSWER, 25),
+    CoreTask("copa", "commonsense_reasoning/copa.jsonl", MC, 0, " ", 50),
+    CoreTask("commonsense_qa", "commonsense_reasoning/commonsense_qa.jsonl", MC, 10, " ", 20),
+    CoreTask("piqa", "commonsense_reasoning/piqa.jsonl", MC, 10, ANSWER, 50),
+    CoreTask("openbook_qa", "commonsense_reasoning/openbook_qa.jsonl", MC, 0, " ", 25),
+    CoreTask("lambada_openai", "language_understanding/lambada_openai.jsonl", LM, 0, " ", 0),
+    CoreTask("hellaswag", "language_understanding/hellaswag.jsonl", MC, 10, " ", 25),
+    CoreTask("winograd", "language_understanding/winograd_wsc.jsonl", SCHEMA, 0, " ", 50),
+    CoreTask("winogrande", "language_understanding/winogrande.jsonl", SCHEMA, 0, " ", 50),
+    CoreTask("bigbench_dyck_languages", "symbolic_problem_solving/bigbench_dyck_languages.jsonl", LM, 10, " ", 0),
+    CoreTask("agi_eval_lsat_ar", "symbolic_problem_solving/agi_eval_lsat_ar.jsonl", MC, 3, " ", 20),
+    CoreTask("bigbench_cs_algorithms", "symbolic_problem_solving/bigbench_cs_algorithms.jsonl", LM, 10, " ", 0),
+    CoreTask("bigbench_operators", "symbolic_problem_solving/bigbench_operators.jsonl", LM, 10, " ", 0),
+    CoreTask("bigbench_repeat_copy_logic", "symbolic_problem_solving/bigbench_repeat_copy_logic.jsonl", LM, 10, " ", 0),
+    CoreTask("squad", "reading_comprehension/squad.jsonl", LM, 10, " ", 0),
+    CoreTask("coqa", "reading_comprehension/coqa.jsonl", LM, 0, " ", 0),
+    CoreTask("boolq", "reading_comprehension/boolq.jsonl", MC, 10, ANSWER, 62),
+    CoreTask("bigbench_language_identification", "language_understanding/bigbench_language_identification.jsonl",
+             MC, 10, " ", 9.1),
 ]
 
 
 # the bundle
 def fetch_bundle():
     """
-    The folder eval_bundle/, fetched and unpacked where it isn't there yet, and found to fit TASKS.
+    The folder eval_bundle/, fetched and unpacked where it isn't there yet.
 
     It appears when it is whole; the zip goes once it is unpacked. Every rank calls this, one works.
     """
@@ -96,15 +96,14 @@ def fetch_bundle():
         os.makedirs(base_path(), exist_ok=True)
         with locked(f"{archive}.lock"):                      # not two processes at once
             if not os.path.isdir(folder):
-                download(BUNDLE_URL, archive, check_zip)
+                download(BUNDLE_URL, archive, problem_with_zip)
                 unpack(archive, folder)
                 os.remove(archive)
     barrier()
-    check_bundle(folder)
     return folder
 
 
-def check_zip(path):
+def problem_with_zip(path):
     """What is wrong with a zip file, "" for nothing; reads all of it."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -115,7 +114,7 @@ def check_zip(path):
 
 
 def unpack(archive, folder):
-    """The files that CORE reads, from the zip into the folder, which appears when all are there."""
+    """The files of CORE's tasks, from the zip into the folder, which appears when all are there."""
     needed = ["core.yaml", "eval_meta_data.csv", *sorted({f"eval_data/{task.file}" for task in TASKS})]
     temporary = f"{folder}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)             # of a process that was killed
@@ -137,46 +136,12 @@ def unpack(archive, folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_bundle(folder):
-    """Hold TASKS against the bundle's own two tables; raises SystemExit where they differ."""
-    described = read_core_yaml(os.path.join(folder, "core.yaml"))
-    with open_text(os.path.join(folder, "eval_meta_data.csv")) as f:
-        baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(f)}
-    ours = {task.label: task[1:] for task in TASKS}
-    for label in [*ours, *described]:
-        theirs = (*described.get(label, ()), baselines.get(label))
-        if theirs != ours.get(label):
-            raise SystemExit(f"{folder}: describes {label} as {theirs}, core.py as {ours.get(label)}; {REMEDY}")
-
-
-def read_core_yaml(path):
-    """core.yaml -> {label: (file, kind, shots, delimiter)}; as much of YAML as that file uses."""
-    tasks = []
-    with open_text(path) as f:
-        for line in f:
-            key, colon, value = line.strip().partition(": ")
-            if key == "-":
-                tasks.append({"continuation_delimiter": " "})
-            elif colon and tasks:            # a quoted text or a list reads the same in Python
-                tasks[-1][key] = ast.literal_eval(value) if value[0] in "\"'[" else value
-    # jeopardy's has_categories would average over its five subjects; the original's score doesn't
-    return {t.get("label"): (t.get("dataset_uri"), t.get("icl_task_type"), *t.get("num_fewshot", ()),
-                             t["continuation_delimiter"]) for t in tasks}
-
-
-def open_text(path):
-    try:
-        return open(path, encoding="utf-8", newline="")
-    except FileNotFoundError:
-        raise SystemExit(f"{path}: missing; {REMEDY}") from None
-
-
 def gpt2_scores(folder):
     """{"small": {label: centred score, ..., "CORE": ...}, ...} as far as the bundle has them."""
     scores = {}
     for size, name in GPT2.items():
         if os.path.exists(os.path.join(folder, name)):
-            with open_text(os.path.join(folder, name)) as f:
+            with open(os.path.join(folder, name), encoding="utf-8", newline="") as f:
                 rows = [[cell.strip() for cell in row] for row in csv.reader(f)][1:]
             scores[size] = {row[0]: float(row[2]) for row in rows if len(row) == 3}
     return scores
@@ -185,9 +150,11 @@ def gpt2_scores(folder):
 def read_rows(folder, task):
     """The items of a task, in the original's order: a shuffle, so that the first n are a sample."""
     path, rows = os.path.join(folder, "eval_data", task.file), []
+    if not os.path.exists(path):
+        raise SystemExit(f"{path}: missing; {REMEDY}")
     wanted = {MC: {"query", "choices", "gold"}, SCHEMA: {"context_options", "continuation", "gold"},
               LM: {"context", "continuation"}}[task.kind]
-    with open_text(path) as f:
+    with open(path, encoding="utf-8", newline="") as f:
         for number, line in enumerate(f, 1):
             try:
                 rows.append(json.loads(line))
@@ -244,12 +211,13 @@ def common_length(lists):
     return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
 
 
-def make_item(task, row, texts, prompts, context):
+def make_item(task, row, texts, tokenizer, context):
     """
-    Find what is scored in the texts, whose token ids are the prompts, and cut them to the context.
+    The texts as prompts, cut to the context, and what is scored in them.
 
     returns Item, or None where the scored tokens alone don't fit
     """
+    prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
     if task.kind == SCHEMA:                      # the same end after different beginnings
         same = min(common_length([prompt[::-1] for prompt in prompts]), min(map(len, prompts)) - 1)
         starts = [len(prompt) - same for prompt in prompts]
@@ -267,13 +235,6 @@ def make_item(task, row, texts, prompts, context):
         return None
     shared = min(common_length(prompts), min(starts) - 1) if len(prompts) > 1 else 0
     return Item(prompts, starts, shared, row.get("gold", 0), ticket_of(texts))
-
-
-def make_items(task, rows, numbers, tokenizer, context):
-    """The items of rows[i] for i in numbers; None for those that don't fit."""
-    texts = [render(task, rows[i], draw_shots(rows, i, task.shots)) for i in numbers]
-    return [make_item(task, rows[i], group, [[tokenizer.bos, *tokenizer.encode(text)] for text in group], context)
-            for i, group in zip(numbers, texts)]
 
 
 # scores
@@ -344,7 +305,7 @@ def is_right(task, item, scores):
     return item.prompts[choice] == item.prompts[item.gold]   # a few items offer the same text twice
 
 
-def evaluate_task(model, tokenizer, task, rows, max_per_task=0):
+def evaluate_core_task(model, tokenizer, task, rows, max_per_task=0):
     """
     The items that a model gets right -> (right, asked, too long), over all ranks.
 
@@ -355,7 +316,10 @@ def evaluate_task(model, tokenizer, task, rows, max_per_task=0):
     budget = TOKENS_CPU if model.device.type == "cpu" else TOKENS_GPU
     right = too_long = 0
     for first in range(0, len(numbers), CHUNK):
-        items = make_items(task, rows, numbers[first:first + CHUNK], tokenizer, model.config.sequence_len)
+        items = []
+        for i in numbers[first:first + CHUNK]:
+            texts = render(task, rows[i], draw_shots(rows, i, task.shots))
+            items.append(make_item(task, rows[i], texts, tokenizer, model.config.sequence_len))
         too_long += items.count(None)
         for group in batches([item for item in items if item], budget):
             right += sum(is_right(task, item, scores) for item, scores in zip(group, read(model, group)))
@@ -372,9 +336,8 @@ def evaluate_core(model, tokenizer, max_per_task=0, report=None):
     folder, results = fetch_bundle(), {}
     for task in TASKS:
         clock = time.perf_counter()
-        right, n, too_long = evaluate_task(model, tokenizer, task, read_rows(folder, task), max_per_task)
-        accuracy, baseline = right / n, task.baseline / 100
-        results[task.label] = dict(accuracy=accuracy, centered=(accuracy - baseline) / (1 - baseline), n=n,
+        right, n, too_long = evaluate_core_task(model, tokenizer, task, read_rows(folder, task), max_per_task)
+        results[task.label] = dict(accuracy=right / n, centered=centered(right / n, task.baseline / 100), n=n,
                                    too_long=too_long, seconds=round(time.perf_counter() - clock, 3))
         if report:
             report(task.label, results[task.label])

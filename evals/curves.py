@@ -1,8 +1,8 @@
 """
-The curves of a run: one picture, a column per stage and a row per quantity, or lines of text.
+The curves of a run: one picture, a column per stage and a row per quantity.
 
 in    stages: list of (title, rows of log.jsonl), in the order in which they were trained
-out   draw: a PNG (needs matplotlib, the extra `plot`); sparklines: the same as text, without it
+out   draw: a PNG (needs matplotlib, the extra `plot`)
 
 The rows have the keys that common.Progress and the stages log: step, loss, tokens_per_second,
 val_bpb, val_loss. Missing ones leave a panel out, a null (a number that was not finite) a gap.
@@ -13,7 +13,6 @@ import statistics
 from plumbing.common import atomic_write
 
 COLORS = ["#2f66a9", "#b5651d", "#2f855a"]   # base, mid, sft; told apart in grey too
-BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_POINTS = 2000             # faint points in a panel: more are a blot, and slow to draw
 LOSS, BPB, SPEED = "loss\n(nats per token)", "validation\n(bits per byte)", "speed\n(1,000 tokens/s)"
 
@@ -41,55 +40,31 @@ def at_end(values):
     return statistics.fmean(values[-max(5, len(values) // 50):])
 
 
-def groups(values, count):
-    """At most `count` runs of neighbouring values, of nearly the same length."""
+def medians(steps, values, count=60):
+    """
+    Middle step and median value of up to `count` runs of neighbours: a pause for a checkpoint does not show.
+
+    The runs are of nearly the same length.
+    """
     count = min(count, len(values))
     edges = [i * len(values) // count for i in range(count + 1)] if count else []
-    return [values[a:b] for a, b in zip(edges, edges[1:])]
-
-
-def medians(steps, values, count=60):
-    """Middle step and median value of up to `count` groups: a pause for a checkpoint does not show."""
-    return ([group[len(group) // 2] for group in groups(steps, count)],
-            [statistics.median(group) for group in groups(values, count)])
-
-
-def sparkline(values, width=40):
-    """The course of the values as one line of blocks, lowest to highest."""
-    means = [statistics.fmean(group) for group in groups(values, width)]
-    low, high = min(means), max(means)
-    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BLOCKS[int(scale * (x - low))] for x in means)
-
-
-def sparklines(stages):
-    """The curves as lines of text: name, course, first and last value with the unit."""
-    names = dict(loss="loss, nats per token", val_bpb="validation, bits per byte",
-                 val_loss="validation, nats per token", tokens_per_second="tokens per second")
-    lines = []
-    for title, log in stages:
-        for key, name in names.items():
-            _, values = series(log, key)
-            if len(values) > 1:
-                digits = 0 if values[-1] >= 100 else 3
-                shown = f"{values[0]:,.{digits}f} to {values[-1]:,.{digits}f}"
-                lines.append(f"{title:22} {name:27} {sparkline(values):40} {shown}")
-    return "\n".join(lines)
+    return ([steps[(a + b) // 2] for a, b in zip(edges, edges[1:])],
+            [statistics.median(values[a:b]) for a, b in zip(edges, edges[1:])])
 
 
 def draw(stages, path):
     """
     Write the curves to path as a PNG, 1600 pixels wide, made for being shown at 800.
 
-    returns  whether there is a picture: False without matplotlib, or with nothing to draw
+    returns  "" where there is a picture, else why there is none
     """
     try:
         from matplotlib.figure import Figure                # no pyplot: needs no display, keeps no state
     except ImportError:
-        return False
+        return "matplotlib is not installed (pip install matplotlib)"
     stages = [(title, log, color) for (title, log), color in zip(stages, COLORS) if series(log, "loss")[0]]
     if not stages:
-        return False
+        return "no step was logged yet"
     keys = {LOSS: "loss", BPB: "val_bpb", SPEED: "tokens_per_second"}
     rows = [name for name, key in keys.items() if any(series(log, key)[0] for _, log, _ in stages)]
     # 8 inches at 200 dots; letters of 9 points are then 12 pixels high where it is shown 800 wide
@@ -112,7 +87,7 @@ def draw(stages, path):
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     with atomic_write(path) as f:
         figure.savefig(f, format="png", metadata={"Software": None})   # the same run, the same bytes
-    return True
+    return ""
 
 
 def set_scales(panels, stages):

@@ -1,8 +1,8 @@
 """
 HumanEval: complete a Python function; an answer is right when the function passes its tests.
 
-reads   task_data/humaneval/, which tasks.fetch() fills
-gives   the task (as those of tasks.py), and a check that runs what the model wrote: sandbox.py
+reads   task_data/humaneval/, which python prepare.py --tasks=1 fetches
+gives   the task (as those in tasks/), and a check that runs what the model wrote: sandbox.py
 
 The 164 problems are for testing only: nothing here is ever trained on.
 """
@@ -47,16 +47,12 @@ def extract_code(answer):
     return block[1] if block else answer
 
 
-def program(conversation, answer):
-    """The program that ends without an exception exactly when the answer is right."""
-    return "\n".join([conversation["given"], extract_code(answer), conversation["test"],
-                      f"check({conversation['entry_point']})\n"])
-
-
 def check(conversation, answer, timeout=5.0, unsafe=False):
     """
     Run an answer with the tests of its problem -> sandbox.Verdict; its .passed is the score.
 
     answer: the assistant's text; timeout, unsafe and what is raised: see sandbox.run_program
     """
-    return sandbox.run_program(program(conversation, answer), timeout, unsafe=unsafe)
+    program = "\n".join([conversation["given"], extract_code(answer), conversation["test"],
+                         f"check({conversation['entry_point']})\n"])
+    return sandbox.run_program(program, timeout, unsafe=unsafe)

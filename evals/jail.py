@@ -41,13 +41,11 @@ def call(name, *arguments):
     return result
 
 
+PDEATHSIG = 1                # prctl: a signal for this process when its parent is gone, however that came about
+
+
 def prctl(option, value):
     call("prctl", option, value, 0, 0, 0)
-
-
-def die_with_parent():
-    """The kernel kills this process when its parent is gone, however that came about."""
-    prctl(1, signal.SIGKILL)                         # PR_SET_PDEATHSIG
 
 
 # ---------------------------------------------------------------------------------------------
@@ -72,8 +70,11 @@ def namespaces(request):
             f.write(text)
     empty_root(request["disk"])
     child = os.fork()                                # only a child is inside the process namespace
-    if child:
-        wait_outside(child)
+    if child:                                        # we stay behind: end with the child, and end it when told to
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
+        prctl(PDEATHSIG, signal.SIGKILL)
+        os.waitpid(child, 0)                         # no zombie is left, whoever is process 1
+        os._exit(0)
 
 
 def empty_root(num_bytes):
@@ -93,14 +94,6 @@ def empty_root(num_bytes):
     call("mount", b"tmpfs", root + b"/own", b"tmpfs", MS_NOSUID | MS_NODEV, b"size=%d,nr_inodes=4096" % num_bytes)
     os.chroot(root)
     os.chdir("/own")                                 # tempfile takes it, where there is no /tmp
-
-
-def wait_outside(child):
-    """The half that stays behind ends with the child, and ends the child when told to."""
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
-    die_with_parent()
-    os.waitpid(child, 0)                             # no zombie is left, whoever is process 1
-    os._exit(0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -124,7 +117,7 @@ def no_new_privs(request):
     call("capset", header, bytes(24))                # effective, permitted, inheritable: none
     prctl(4, 0)                                      # PR_SET_DUMPABLE: a crash is not reported
     prctl(38, 1)                                     # PR_SET_NO_NEW_PRIVS
-    die_with_parent()                                # last: new privileges would undo it
+    prctl(PDEATHSIG, signal.SIGKILL)                 # last: new privileges would undo it
 
 
 # ---------------------------------------------------------------------------------------------

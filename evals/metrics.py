@@ -15,9 +15,9 @@ from engine import Engine, printable, text_of
 from plumbing.machine import sum_over_ranks, to_device
 
 # what a base model is asked to go on with: facts, a riddle, a list, an opinion, some algebra
-PROMPTS = ["The capital of France is", "The chemical symbol of gold is", "If yesterday was Friday, then tomorrow will be",
-           "The opposite of hot is", "The planets of the solar system are:", "My favorite color is",
-           "If 5*x + 3 = 13, then x is"]
+PROMPTS = ["The capital of France is", "The chemical symbol of gold is",
+           "If yesterday was Friday, then tomorrow will be", "The opposite of hot is",
+           "The planets of the solar system are:", "My favorite color is", "If 5*x + 3 = 13, then x is"]
 GUESSING = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}   # share that chance has right; 0 for all others
 TIE = 1e-4                     # nats: choices whose (mean) losses are this close count as equal
 
@@ -79,51 +79,44 @@ def evaluate_task(engine, task, check, max_problems=0, max_tokens=256, batch_siz
     A multiple choice is decided by the logits of the letters, anything else by a greedy answer
     that check(conversation, answer text) -> bool judges (tasks.check).
     """
-    if "letters" in task[0]:
-        return evaluate_letters(engine.model, engine.tokenizer, task, max_problems, batch_size)
-    return evaluate_answers(engine, task, check, max_problems, max_tokens, batch_size)
-
-
-def evaluate_answers(engine, task, check, max_problems, max_tokens, batch_size):
-    """
-    Let the model answer the problems of a task greedily -> (right ones, problems).
-
-    check: (conversation, answer text) -> bool, tasks.check
-    """
-    tokenizer = engine.tokenizer
+    model, tokenizer, context = engine.model, engine.tokenizer, engine.model.config.sequence_len
     problems = [task[i] for i in range(RANK, min(max_problems or len(task), len(task)), WORLD_SIZE)]
-    context = engine.model.config.sequence_len
-    room = context - min(max_tokens, context // 2)               # at least half the context for the question
-    prompts = [crop(tokenizer.render_for_completion(problem), room) for problem in problems]
-    replies = engine.generate_batch(prompts, max_tokens, temperature=0, batch_size=batch_size) if prompts else []
-    right = sum(check(problem, text_of(tokenizer, reply)) for problem, reply in zip(problems, replies))
-    return tuple(int(n) for n in sum_over_ranks([right, len(problems)], engine.model.device))
+    if "letters" in task[0]:
+        right = sum(count_right_letters(model, tokenizer, problems[first:first + batch_size])
+                    for first in range(0, len(problems), batch_size))
+    else:
+        room = context - min(max_tokens, context // 2)           # at least half the context for the question
+        prompts = [crop(tokenizer.render_for_completion(problem), room) for problem in problems]
+        replies = engine.generate_batch(prompts, max_tokens, temperature=0, batch_size=batch_size) if prompts else []
+        right = sum(check(problem, text_of(tokenizer, reply)) for problem, reply in zip(problems, replies))
+    return tuple(int(n) for n in sum_over_ranks([right, len(problems)], model.device))
 
 
 @torch.no_grad()
-def evaluate_letters(model, tokenizer, task, max_problems, batch_size):
+def count_right_letters(model, tokenizer, problems):
     """
-    Multiple choice: the letter with the highest logit after the question -> (right ones, problems).
+    A batch of multiple choices: how many have the highest logit after the question at the right letter.
 
-    Rows of a batch are filled up at the right, where a causal model does not see it. Equal letters,
+    Rows are filled up at the right, where a causal model does not see it. Equal letters,
     which numbers of 16 bits make common, are decided as equal choices of CORE are: see choose.
     """
-    right = total = 0
-    numbers = range(RANK, min(max_problems or len(task), len(task)), WORLD_SIZE)
-    for first in range(0, len(numbers), batch_size):
-        problems = [task[i] for i in numbers[first:first + batch_size]]
-        prompts = [crop(tokenizer.render_for_completion(problem), model.config.sequence_len) for problem in problems]
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        idx = torch.full((len(prompts), int(lengths.max())), tokenizer.bos)
-        for b, prompt in enumerate(prompts):
-            idx[b, :len(prompt)] = torch.tensor(prompt)
-        logits = model(idx.to(model.device), positions=(lengths - 1).to(model.device))     # (B, V)
-        for problem, row in zip(problems, logits):
-            ids = [one_token(tokenizer, letter) for letter in problem["letters"]]
-            choice = choose((-row[ids]).tolist(), ticket_of([problem["messages"][-2]["content"]]))
-            right += problem["letters"][choice] == problem["answer"]
-            total += 1
-    return tuple(int(n) for n in sum_over_ranks([right, total], model.device))
+    prompts = [crop(tokenizer.render_for_completion(problem), model.config.sequence_len) for problem in problems]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    idx = torch.full((len(prompts), int(lengths.max())), tokenizer.bos)
+    for b, prompt in enumerate(prompts):
+        idx[b, :len(prompt)] = torch.tensor(prompt)
+    logits = model(idx.to(model.device), positions=(lengths - 1).to(model.device))     # (B, V)
+    right = 0
+    for problem, row in zip(problems, logits):
+        ids = [one_token(tokenizer, letter) for letter in problem["letters"]]
+        choice = choose((-row[ids]).tolist(), ticket_of([problem["messages"][-2]["content"]]))
+        right += problem["letters"][choice] == problem["answer"]
+    return right
+
+
+def centered(share, guessing):
+    """The share of right answers on a line where guessing is 0 and all right is 1."""
+    return (share - guessing) / (1 - guessing)
 
 
 def constant_share(problems):

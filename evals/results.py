@@ -4,29 +4,14 @@ What a run has left on the disk, for whoever wants to look at it, also in the mi
 reads   <stage>_checkpoints/<model_tag>/{meta_NNNNNN.json,log.jsonl,eval.json,chat_eval.json}
 out     read_stage: all of it as one dict, and remarks about what is damaged or out of date
 """
-import json
 import os
 
 from checkpoint import FOLDERS, path_of, sha_of, sources, stage_folder, steps_in, tags_of
 from plumbing.common import base_path, read_log
 from evals.curves import series
+from evals.saved import read_json
 
 TITLES = dict(base="Pretraining", mid="Mid-training", sft="Fine-tuning")
-
-
-def read_json(path, remarks):
-    """The object in a JSON file, {} where there is none; a damaged one adds a remark to the list."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        remarks.append(f"`{os.path.relpath(path, base_path())}` is damaged and was left out.")
-        return {}
-    return content
 
 
 def newest_meta(folder, remarks):
@@ -75,7 +60,8 @@ def find_tag(model_tag):
     names = ", ".join(sorted(found)) or "none"
     if model_tag and model_tag not in found:
         raise SystemExit(f"{base_path()}: nothing trained as {model_tag!r} here; there is: {names}")
-    copies = {tag for name in FOLDERS for tag in tags_of(name) if newest_meta(stage_folder(name, tag), []).get("tag", tag) != tag}
+    copies = {tag for name in FOLDERS for tag in tags_of(name)
+              if newest_meta(stage_folder(name, tag), []).get("tag", tag) != tag}
     found = found - copies or found              # a folder that was copied or renamed counts only by its name
     if not model_tag and len(found) != 1:
         raise SystemExit(f"{base_path()}: holds several models; choose one with --model_tag= from {names}" if found else
@@ -97,10 +83,6 @@ def seconds_of(run):
     """Seconds of training so far: the log may be ahead of the newest checkpoint."""
     logged = [row["seconds"] for row in run["log"] if isinstance(row.get("seconds"), (int, float))]
     return max([run["meta"].get("progress", {}).get("seconds", 0.0), *logged[-1:]])
-
-
-def evaluation_seconds(run):
-    return sum(run["text"].get("seconds", {}).values()) + run["chat"].get("seconds", 0.0)
 
 
 def validation(run, key):

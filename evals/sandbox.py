@@ -63,8 +63,8 @@ def run_program(source, timeout=5.0, memory=1 << 30, unsafe=False):
     unsafe: run it with what layers there are, be they none
     raises RuntimeError, one line, when the kernel grants too little, or less than a moment ago
     """
-    if not unsafe and not available():
-        raise RuntimeError(refusal())
+    if not unsafe and problem_with_layers():
+        raise RuntimeError(problem_with_layers())
     return run_in_jail(source, timeout, memory, layers())
 
 
@@ -81,18 +81,13 @@ def layers():
     return active
 
 
-def available():
-    """Whether the layers are enough to run a model's programs."""
-    files_are_safe = "namespaces" in layers() or "landlock" in layers()
-    return files_are_safe and {"no_new_privs", "seccomp"} <= set(layers())
-
-
-def refusal():
-    """The sentence for the reader when nothing can be run safely, "" otherwise."""
-    return "" if available() else (
-        "no sandbox for programs here: it takes Linux with seccomp and either user namespaces or "
-        f"Landlock, and this machine grants {', '.join(layers()) or 'none of its layers'}; "
-        "skipped (--unsafe_exec=1 runs them all the same)")
+def problem_with_layers():
+    """Why the layers are too few to run a model's programs, as a sentence for the reader; "" where they are enough."""
+    if {"no_new_privs", "seccomp"} <= set(layers()) and {"namespaces", "landlock"} & set(layers()):
+        return ""
+    return ("no sandbox for programs here: it takes Linux with seccomp and either user namespaces or "
+            f"Landlock, and this machine grants {', '.join(layers()) or 'none of its layers'}; "
+            "skipped (--unsafe_exec=1 runs them all the same)")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -126,7 +121,15 @@ def run_in_jail(source, timeout, memory, active):
     ready, _, verdict = said.partition(b"\n")
     if ready != b"ready":
         raise RuntimeError(f"sandbox: {one_line(said) or 'the interpreter did not start'}")
-    return Verdict(*settle(verdict, nonce, seconds, timeout), seconds)
+    if verdict == b"passed " + nonce:
+        return Verdict(True, "", seconds)
+    reason = one_line(verdict)
+    if verdict.startswith(b"passed"):
+        reason = "it wrote a verdict of its own"
+    elif not verdict:
+        reason = (f"not done after {timeout:g} s" if seconds >= timeout else
+                  "it left before its end (an exit, a crash, out of memory or of disk)")
+    return Verdict(False, reason, seconds)
 
 
 def listen(fd, timeout, folder):
@@ -162,33 +165,18 @@ def num_bytes(folder):
 
 def remove(folder):
     """Remove a folder, however deep: what an inner one holds is moved up first, so that no path gets too long."""
-    def is_folder(path):
-        return os.path.isdir(path) and not os.path.islink(path)
-
-    while names := os.listdir(folder):
-        for path in (os.path.join(folder, name) for name in names):
-            if not is_folder(path):
-                os.remove(path)
+    while entries := list(os.scandir(folder)):
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.remove(entry.path)
                 continue
-            os.chmod(path, 0o700)                    # a program may have made it without any right
-            for inner in (os.path.join(path, name) for name in os.listdir(path)):
-                if is_folder(inner):
-                    os.chmod(inner, 0o700)
-                os.rename(inner, os.path.join(folder, secrets.token_hex(8)))
-            os.rmdir(path)
+            os.chmod(entry.path, 0o700)              # a program may have made it without any right
+            for inner in list(os.scandir(entry.path)):
+                if inner.is_dir(follow_symlinks=False):
+                    os.chmod(inner.path, 0o700)
+                os.rename(inner.path, os.path.join(folder, secrets.token_hex(8)))
+            os.rmdir(entry.path)
     os.rmdir(folder)
-
-
-def settle(verdict, nonce, seconds, timeout):
-    """(passed, reason) from the words after "ready"."""
-    if verdict == b"passed " + nonce:
-        return True, ""
-    if verdict.startswith(b"passed"):
-        return False, "it wrote a verdict of its own"
-    if not verdict:
-        return False, (f"not done after {timeout:g} s" if seconds >= timeout else
-                       "it left before its end (an exit, a crash, out of memory or of disk)")
-    return False, one_line(verdict)
 
 
 def stop(process):
@@ -196,7 +184,7 @@ def stop(process):
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(0.05)                           # most end by themselves
     if process.returncode is None:
-        process.terminate()                          # jail.wait_outside ends the program and waits
+        process.terminate()                          # jail.namespaces ends the program and waits
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.5)
     # by force, and what an unsafe run has left behind; PermissionError: macOS, for only zombies

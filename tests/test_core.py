@@ -3,7 +3,9 @@ Laws of CORE: what the prompts are, what is scored, and that batches decide as a
 
 A bundle in miniature with invented items; the real one where NANOCHAT_TEST_HUB names a mirror.
 """
+import ast
 import bisect
+import csv
 import functools
 import http.server
 import json
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 from evals import core
 from plumbing import download as download_module
 from conftest import ROOT
-from evals.core import LM, MC, SCHEMA, TASKS, Task
+from evals.core import LM, MC, SCHEMA, TASKS, CoreTask
 from evals.metrics import TIE, choose, ticket_of
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer
@@ -54,19 +56,14 @@ def invented_row(task, rng, i):
 
 
 def write_bundle(folder, num_rows=14):
-    """All tasks with num_rows invented rows each, described as the real bundle describes them."""
-    yaml, baselines = ["icl_tasks:"], ["Eval Task,Task Category,Random baseline,Description"]
+    """All tasks with num_rows invented rows each."""
     for task in TASKS:
-        yaml += ["-", f"  label: {task.label}", f"  dataset_uri: {task.file}", f"  num_fewshot: [{task.shots}]",
-                 f"  icl_task_type: {task.kind}"]
-        yaml += [f"  continuation_delimiter: {json.dumps(task.delimiter)}"] if task.delimiter != " " else []
-        baselines.append(f'{task.label},words,{task.baseline:g},"one, two"')
         path = folder / "eval_data" / task.file
         path.parent.mkdir(parents=True, exist_ok=True)
         rng = random.Random(task.file)
         path.write_text("".join(json.dumps(invented_row(task, rng, i)) + "\n" for i in range(num_rows)))
-    (folder / "core.yaml").write_text("\n".join(yaml) + "\n")
-    (folder / "eval_meta_data.csv").write_text("\n".join(baselines) + "\n")
+    for name in ("core.yaml", "eval_meta_data.csv"):
+        (folder / name).write_text("")
     (folder / core.GPT2["small"]).write_text("Task , Accuracy , Centered \ncopa , 0.6 , 0.200000 \nCORE , , 0.113891 \n")
     return folder
 
@@ -149,22 +146,6 @@ def test_a_bundle_that_is_not_there_is_one_line(base, server):
     assert "404" in one_line(error) and not (base / "eval_bundle").exists()
 
 
-@pytest.mark.parametrize("name, old, new, words", [
-    ("core.yaml", "num_fewshot: [3]", "num_fewshot: [5]", "agi_eval_lsat_ar"),
-    ("core.yaml", r'"\nAnswer: "', r'"\nA: "', "jeopardy"),
-    ("core.yaml", "label: copa", "label: cope", "copa"),
-    ("core.yaml", "icl_tasks:", "icl_tasks:\n-\n  label: more", "more"),
-    ("eval_meta_data.csv", "boolq,words,62", "boolq,words,50", "boolq")])
-def test_a_bundle_of_another_version_is_one_line(bundle, name, old, new, words):
-    core.check_bundle(bundle)
-    text = (bundle / name).read_text()
-    assert old in text
-    (bundle / name).write_text(text.replace(old, new, 1))
-    with pytest.raises(SystemExit) as error:
-        core.fetch_bundle()
-    assert words in one_line(error)
-
-
 @pytest.mark.parametrize("text, words", [
     (None, "missing"), ("", "0 rows"), ('{"query": "a", "gold": 0}\n', "line 1: no choices"), ('{"query": \n', "line 1"),
     ("[1]\n", "line 1"), ('{"query": "a", "choices": ["b"], "gold": 0}\n' * 10, "10 rows, piqa shows 10")])
@@ -183,14 +164,14 @@ def test_a_bad_task_file_is_one_line(bundle, text, words):
 
 
 def test_multiple_choice_reads_like_this():
-    task = Task("x", "x", MC, 2, "\nAnswer: ", 25)
+    task = CoreTask("x", "x", MC, 2, "\nAnswer: ", 25)
     shots = [dict(query="Q: 1+1?\n", choices=["3", "2"], gold=1), dict(query="Q: 2+2?", choices=["4", "5"], gold=0)]
     assert core.render(task, dict(query="Q: 3+3?", choices=["6", "7", "8"], gold=0), shots) == [
         f"Q: 1+1?\n\nAnswer: 2\n\nQ: 2+2?\nAnswer: 4\n\nQ: 3+3?\nAnswer: {n}" for n in (6, 7, 8)]
 
 
 def test_schema_reads_like_this():
-    task = Task("x", "x", SCHEMA, 1, " ", 50)
+    task = CoreTask("x", "x", SCHEMA, 1, " ", 50)
     shots = [dict(context_options=["It is hot: the sun", "It is hot: the ice"], continuation="shines.", gold=0)]
     row = dict(context_options=["The cup fell on the table, the cup", "The cup fell on the table, the table"],
                continuation="broke.", gold=0)
@@ -199,7 +180,7 @@ def test_schema_reads_like_this():
 
 
 def test_language_modeling_reads_like_this():
-    task = Task("x", "x", LM, 1, "\nAnswer: ", 0)
+    task = CoreTask("x", "x", LM, 1, "\nAnswer: ", 0)
     shots = [dict(context=" ANIMALS: It barks ", continuation="a dog")]
     assert core.render(task, dict(context="ANIMALS: It purrs\n", continuation="a cat"), shots) == [
         "ANIMALS: It barks\nAnswer: a dog\n\nANIMALS: It purrs\nAnswer:",
@@ -218,8 +199,13 @@ def test_the_shots_are_drawn_per_item_and_never_hold_the_item():
 
 
 def item_of(kind, texts, context=200, gold=0):
-    prompts = [[TOKENIZER.bos, *TOKENIZER.encode(text)] for text in texts]
-    return core.make_item(Task("x", "x", kind, 0, " ", 0), dict(gold=gold), texts, prompts, context)
+    return core.make_item(CoreTask("x", "x", kind, 0, " ", 0), dict(gold=gold), texts, TOKENIZER, context)
+
+
+def items_of(task, rows, count, context):
+    """The first items of a task."""
+    return [core.make_item(task, rows[i], core.render(task, rows[i], core.draw_shots(rows, i, task.shots)), TOKENIZER, context)
+            for i in range(count)]
 
 
 @pytest.mark.parametrize("kind, texts, scored", [
@@ -313,7 +299,7 @@ def test_batches_decide_as_a_plain_loop_does(bundle, which):
         [core.render(task, rows[task][i], core.draw_shots(rows[task], i, 2))[-1] for task in TASKS for i in range(4)])
     rights, plain_seconds, seconds, num_items = {True: 0, False: 0}, 0.0, 0.0, 0
     for task in TASKS:
-        items = core.make_items(task, rows[task], range(14), TOKENIZER, model.config.sequence_len)
+        items = items_of(task, rows[task], 14, model.config.sequence_len)
         clock = time.perf_counter()
         plain = [plain_scores(model, item) for item in items]
         middle = time.perf_counter()
@@ -336,7 +322,7 @@ def test_a_model_that_sees_no_difference_scores_what_guessing_does(base):
     for task in TASKS:                                               # untrained: every logit is 0
         if task.kind != LM:
             rows = core.read_rows(str(folder), task)
-            right, n, too_long = core.evaluate_task(model, TOKENIZER, task, rows)
+            right, n, too_long = core.evaluate_core_task(model, TOKENIZER, task, rows)
             chance = [1 / len(row.get("choices") or row["context_options"]) for row in rows]
             error = math.sqrt(sum(p * (1 - p) for p in chance))
             assert n == 150 and too_long == 0 and abs(right - sum(chance)) < 3.5 * error, task.label
@@ -392,7 +378,7 @@ def test_items_that_do_not_fit_count_as_wrong_and_are_counted(bundle):
     model, task = random_model(context=8), next(task for task in TASKS if task.label == "coqa")
     rows = core.read_rows(str(bundle), task)
     fit = sum(len(row["continuation"]) + 1 <= 8 for row in rows)
-    right, n, too_long = core.evaluate_task(model, TOKENIZER, task, rows)
+    right, n, too_long = core.evaluate_core_task(model, TOKENIZER, task, rows)
     assert (n, too_long) == (14, 14 - fit) and right <= fit < 14
 
 
@@ -400,14 +386,17 @@ def test_two_ranks_share_the_items_and_a_cap_leaves_the_prompts_alone(bundle, mo
     model = random_model()
     for task in (TASKS[3], TASKS[11]):
         rows = core.read_rows(str(bundle), task)
-        whole = core.evaluate_task(model, TOKENIZER, task, rows)
-        few = core.make_items(task, rows, range(3), TOKENIZER, 192)
-        assert few == core.make_items(task, rows, range(14), TOKENIZER, 192)[:3]
+        whole = core.evaluate_core_task(model, TOKENIZER, task, rows)
+        asked, read = [], core.read
+        monkeypatch.setattr(core, "read", lambda model, items: asked.extend(items) or read(model, items))
+        core.evaluate_core_task(model, TOKENIZER, task, rows, 3)
+        assert sorted(asked) == sorted(items_of(task, rows, 14, 192)[:3])
+        monkeypatch.undo()
         monkeypatch.setattr(core, "WORLD_SIZE", 2)
         parts = []
         for rank in range(2):
             monkeypatch.setattr(core, "RANK", rank)
-            parts.append(core.evaluate_task(model, TOKENIZER, task, rows))
+            parts.append(core.evaluate_core_task(model, TOKENIZER, task, rows))
         monkeypatch.undo()
         assert tuple(map(sum, zip(*parts))) == whole
 
@@ -476,8 +465,24 @@ save_checkpoint(base_path("base_checkpoints", "d1"), 4, model, [], dict(stage="b
 def real(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real") / "eval_bundle"
     core.unpack(os.path.join(HUB, core.BUNDLE_URL.split("://")[1]), str(folder))
-    core.check_bundle(str(folder))
     return str(folder)
+
+
+@needs_hub
+def test_the_table_of_tasks_is_the_real_bundles(real):
+    """core.yaml is read as far as that file uses YAML: a quoted text or a list reads the same in Python."""
+    described = []
+    with open(os.path.join(real, "core.yaml"), encoding="utf-8") as f:
+        for line in f:
+            key, colon, value = line.strip().partition(": ")
+            if key == "-":
+                described.append({"continuation_delimiter": " "})
+            elif colon and described:
+                described[-1][key] = ast.literal_eval(value) if value[0] in "\"'[" else value
+    with open(os.path.join(real, "eval_meta_data.csv"), encoding="utf-8", newline="") as f:
+        baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(f)}
+    assert TASKS == [CoreTask(task["label"], task["dataset_uri"], task["icl_task_type"], *task["num_fewshot"],
+                              task["continuation_delimiter"], baselines[task["label"]]) for task in described]
 
 
 @needs_hub

@@ -15,7 +15,8 @@ from tasks import downloaded
 
 HUB = os.environ.get("NANOCHAT_TEST_HUB", "")
 needs_hub = pytest.mark.skipif(not HUB, reason="NANOCHAT_TEST_HUB names no mirror of the hub")
-needs_sandbox = pytest.mark.skipif(not sandbox.available(), reason=sandbox.refusal())
+PROBLEM = sandbox.problem_with_layers()
+needs_sandbox = pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM)
 ROW = {"prompt": 'from typing import List\nimport math\n\n\ndef half(x):\n    return x / 2\n\n\n'
                  'def halves(xs: List[int]) -> List[float]:\n    """ The half of each.\n    >>> halves([2])\n'
                  '    [1.0]\n    """\n',

@@ -23,7 +23,8 @@ from evals import sandbox
 from conftest import ROOT
 from sandbox_probes import BENIGN, ESCAPES, PROBES, program
 
-needs_layers = pytest.mark.skipif(not sandbox.available(), reason=sandbox.refusal())
+PROBLEM = sandbox.problem_with_layers()
+needs_layers = pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def verdicts(folder):
         verdict = sandbox.run_program(program(source, folder), timeout=5 if passes else 1, unsafe=True)
         return name, (verdict, time.monotonic() - start)
 
-    names = [name for name in PROBES if sandbox.available() or not name.startswith("escape")]
+    names = [name for name in PROBES if not PROBLEM or not name.startswith("escape")]
     with ThreadPoolExecutor(4) as pool:              # not in the main thread: a trainer may do so
         yield dict(pool.map(run, names))
     del os.environ["A_SECRET"]
@@ -63,7 +64,7 @@ def verdicts(folder):
 @pytest.mark.parametrize("name", PROBES)
 def test_probe(name, verdicts):
     if name not in verdicts:
-        pytest.skip(sandbox.refusal())
+        pytest.skip(PROBLEM)
     (verdict, seconds), (_, passes) = verdicts[name], PROBES[name]
     assert verdict.passed is passes, verdict.reason
     assert bool(verdict.reason) is not passes and "\n" not in verdict.reason
@@ -95,12 +96,12 @@ if job["refused"]:
     jail.prctl(38, 1)
     jail.install_filter(b"".join([*code, jail.op(jail.RETURN, jail.ALLOW)]))
 from evals import sandbox
-result = dict(layers=sandbox.layers(), available=sandbox.available(), refusal=sandbox.refusal(), verdicts={})
+result = dict(layers=sandbox.layers(), problem=sandbox.problem_with_layers(), verdicts={})
 def run(item):
     name, (source, passes) = item
     source = source.replace("PARENT", str(os.getpid()))
     return name, sandbox.run_program(source, timeout=5 if passes else 1)
-if result["available"]:
+if not result["problem"]:
     with ThreadPoolExecutor(4) as pool:                  # several at a time, not in the main thread
         result["verdicts"] = dict(pool.map(run, job["probes"].items()))
     sandbox.run_program("pass")
@@ -129,12 +130,18 @@ NO_MOUNT = [(165 if X86 else 40, 0, 0, EPERM)]       # namespaces can be had but
 NO_FILTER = [(157 if X86 else 167, 0, 16, EPERM)]    # of prctl's options, 16 to 31: seccomp's is 22
 
 
+def copy_sandbox(folder):
+    """evals/ in another folder, with nothing in it but the sandbox."""
+    os.mkdir(os.path.join(folder, "evals"))
+    for name in ("__init__.py", "sandbox.py", "jail.py"):
+        shutil.copy(os.path.join(ROOT, "evals", name), os.path.join(folder, "evals"))
+
+
 def in_environment(folder, refused=(), nobody=False, probes=None):
     """The table in a process of its own that is refused some calls, maybe as another user."""
     with tempfile.TemporaryDirectory() as root:      # a copy, which the other user can read
         os.chmod(root, 0o755)
-        for name in ("sandbox.py", "jail.py"):
-            shutil.copy(os.path.join(ROOT, name), root)
+        copy_sandbox(root)
         python = readable_python() if nobody else sys.executable
         if nobody and not python:
             pytest.skip("no Python here that another user may run")
@@ -145,7 +152,7 @@ def in_environment(folder, refused=(), nobody=False, probes=None):
                               env={"A_SECRET": "secret"})
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
-        assert not result["left"] and os.listdir(root).count("jail.py") == 1
+        assert not result["left"] and os.listdir(os.path.join(root, "evals")).count("jail.py") == 1
         return result
 
 
@@ -186,7 +193,7 @@ def test_the_table_where_less_is_granted(folder, name, refused, nobody, without)
 @pytest.mark.parametrize("refused", [CONTAINER + NO_LANDLOCK, NO_FILTER])
 def test_too_little_is_refused_in_one_sentence(folder, refused):
     result = in_environment(folder, refused, probes=[])
-    assert not result["available"] and "--unsafe_exec=1" in result["refusal"] and "\n" not in result["refusal"]
+    assert "--unsafe_exec=1" in result["problem"] and "\n" not in result["problem"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -207,8 +214,7 @@ def copy(tmp_path):
     """The sandbox in a folder of its own, so that its processes are known by their command line."""
     if not os.path.exists("/proc/self/cmdline"):
         pytest.skip("no /proc to look for processes in")
-    for name in ("sandbox.py", "jail.py"):
-        shutil.copy(os.path.join(ROOT, name), tmp_path)
+    copy_sandbox(tmp_path)
     return str(tmp_path)
 
 
@@ -217,7 +223,7 @@ def running(folder):
     found = 0
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline") as f:
-            found += os.path.join(folder, "jail.py") in f.read()
+            found += os.path.join(folder, "evals", "jail.py") in f.read()
     return found
 
 
@@ -231,7 +237,7 @@ def soon(happens):
 
 
 def test_an_unsafe_run_leaves_no_process_either(copy, monkeypatch):
-    monkeypatch.setattr(sandbox, "JAIL", os.path.join(copy, "jail.py"))
+    monkeypatch.setattr(sandbox, "JAIL", os.path.join(copy, "evals", "jail.py"))
     source = "import os, time\nif os.fork() == 0: time.sleep(60)"
     assert sandbox.run_in_jail(source, 0.5, 1 << 30, ()).passed
     assert soon(lambda: not running(copy))
@@ -256,7 +262,8 @@ def test_a_layer_that_cannot_be_had_is_an_error_and_no_verdict():
 
 def test_the_layers_are_those_of_the_jail():
     assert tuple(jail.LAYERS) == sandbox.LAYERS
-    assert sandbox.refusal() == "" if sandbox.available() else sandbox.refusal()
+    enough = {"no_new_privs", "seccomp"} <= set(sandbox.layers()) and {"namespaces", "landlock"} & set(sandbox.layers())
+    assert (PROBLEM == "") is bool(enough)
 
 
 def test_reasons_say_what_happened():

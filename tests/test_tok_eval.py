@@ -98,6 +98,15 @@ def test_what_is_there_already(base_dir, monkeypatch, capsys):
     assert result(base_dir)["vocab_sizes"]["ours"] == 266
 
 
+@pytest.mark.parametrize("damage", ['{"fingerprint": "a', "[1, 2]", ""])
+def test_a_damaged_file_is_said_in_one_line_and_made_again(base_dir, monkeypatch, capsys, damage):
+    path = base_dir / "tokenizer/eval.json"
+    path.write_text(damage)
+    tok_eval(monkeypatch, "--references=", "--resume=1")
+    assert capsys.readouterr().out.count("eval.json: damaged, so it is made again\n") == 1
+    assert list(result(base_dir)["vocab_sizes"]) == ["ours"]
+
+
 def test_missing_shards_and_odd_text(base_dir, monkeypatch, capsys):
     os.remove(shard_path(VAL_SHARD))
     write_shard(shard_path(0), [" " * 300_000, "", "x"])                 # more white space than tiktoken's stack holds
