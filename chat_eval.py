@@ -19,7 +19,7 @@ from plumbing.common import RANK, atomic_write, duration, print0, standard_error
 from plumbing.configurator import configure
 from engine import Engine
 from evals.metrics import GUESSING, constant_share, evaluate_task
-from tasks import all_tests, check, who_is
+from tasks import all_tests, is_right, who_is
 
 source = "sft"                 # -i: whose model: base, mid or sft
 model_tag = ""                 # which model of that stage, like d12; "" = the only one there is
@@ -83,7 +83,7 @@ for name in wanted:
     if resume and "accuracy" in done and done["settings"] == settings:
         print0(f"{name}: {done['right']} of {done['total']}, there already")
         continue
-    clock, check_answer = time.perf_counter(), check
+    clock, check_answer = time.perf_counter(), is_right
     if name == "HumanEval":
         results["sandbox"] = sandbox.layers()
         if not (sandbox.available() or unsafe_exec):

@@ -25,8 +25,8 @@ from plumbing.configurator import configure
 from engine import Engine
 from evals.metrics import evaluate_loss, evaluate_task, to_device
 from muon import build_optimizers, set_schedule
-from tasks import (Mixture, all_tests, arc, check, docstrings, gsm8k, identity, identity_file, simple_spelling, smoltalk,
-                   spelling_bee, who_is)
+from tasks import (Mixture, all_tests, arc, docstrings, gsm8k, identity, identity_file, is_right, simple_spelling,
+                   smoltalk, spelling_bee, who_is)
 
 # where from
 source = "mid"                 # -i: the stage whose model is tuned, mid or base
@@ -141,7 +141,7 @@ for step in range(start_step, total_steps + 1):
             peak_memory=machine.peak_memory()))
     if eval_metrics_max_problems and due(step, eval_metrics_every, last):
         for name, task in tests.items():
-            right, total = evaluate_task(Engine(model, tokenizer), task, check, eval_metrics_max_problems, 128)
+            right, total = evaluate_task(Engine(model, tokenizer), task, is_right, eval_metrics_max_problems, 128)
             print0(f"step {step:5d}/{total_steps} | {name}: {right} of {total}")
             log.write(step, test=name, right=right, total=total)
     if last:

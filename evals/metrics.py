@@ -76,7 +76,7 @@ def evaluate_task(engine, task, check, max_problems=0, max_tokens=256, batch_siz
     Test a model on a task -> (right ones, problems); max_problems 0 = all of them.
 
     A multiple choice is decided by the logits of the letters, anything else by a greedy answer
-    that check(conversation, answer text) -> bool judges (tasks.check).
+    that check(conversation, answer text) -> bool judges (tasks.is_right).
     """
     if "letters" in task[0]:
         return evaluate_letters(engine.model, engine.tokenizer, task, max_problems, batch_size)
@@ -87,7 +87,7 @@ def evaluate_answers(engine, task, check, max_problems, max_tokens, batch_size):
     """
     Let the model answer the problems of a task greedily -> (right ones, problems).
 
-    check: (conversation, answer text) -> bool, tasks.check
+    check: (conversation, answer text) -> bool, tasks.is_right
     """
     tokenizer = engine.tokenizer
     problems = [task[i] for i in range(RANK, min(max_problems or len(task), len(task)), WORLD_SIZE)]
