@@ -110,7 +110,9 @@ def all_tests(embedded, who):
     for name in sorted(os.listdir(os.path.dirname(os.path.abspath(__file__)))):
         if name.endswith(".py"):
             module = importlib.import_module(f"tasks.{name[:-3]}")
-            found |= module.tests(embedded, who) if hasattr(module, "tests") else {}
+            new = module.tests(embedded, who) if hasattr(module, "tests") else {}
+            assert not found.keys() & new.keys(), f"tasks/{name}: another file has a test {[*found.keys() & new.keys()]} as well"
+            found |= new
     return found
 
 
@@ -124,6 +126,7 @@ def made(label, row, size, **options):
 
     options: plain values, a split among them; the label gets a hash of them
     """
+    assert size > 0, f"{label}: size={size}, it takes 1 or more rows"
     must_be("split", options["split"], ("train", "test"))
     text = json.dumps(options, sort_keys=True)       # goes into the label, shortened
     label = f"{label} {options['split']} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -153,4 +156,4 @@ def is_right(conversation, answer):
         return bool(found) and found[1] == right
     if grading == "identity":
         return bool(re.search(rf"(?<!\w){re.escape(right)}(?!\w)", answer, re.IGNORECASE))
-    raise ValueError(f"a conversation with grading {grading!r} can't be judged")
+    raise ValueError(f"a conversation with grading {grading!r} can't be judged; exact, number, letter and identity can")

@@ -84,6 +84,12 @@ def test_zero_rows_are_all_there_are():
     assert len(tasks.identity(**ME, split="test")) == len(TEST_QUESTIONS) and len(tasks.docstrings("test", 0)) > 50
 
 
+def test_the_tests_of_all_files_are_found():
+    assert set(tasks.all_tests(True, ME)) == {"says its name", "spells a word", "counts a letter"}
+    assert set(tasks.all_tests(False, ME)) == {"says its name", "spells a word", "SpellingBee", "ARC-Easy", "ARC-Challenge",
+                                               "MMLU", "GSM8K"}
+
+
 # splits
 
 
