@@ -51,7 +51,8 @@ class Tokenizer:
         self.ranks, self.pattern = list(ranks), pattern
         self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
-        # names the vocabulary: caches made with another one are never mixed up; with the lengths, no two lists read the same
+        # names the vocabulary, so that caches made with another are never mixed up; the lengths go in with the bytes,
+        # so that no two lists of tokens read the same
         digest = hashlib.sha256()
         for piece in [pattern.encode(), *ranks, *(name.encode() for name in SPECIAL_TOKENS)]:
             digest.update(len(piece).to_bytes(4, "little") + piece)

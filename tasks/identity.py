@@ -123,8 +123,9 @@ def conversation(i, name, maker, facts, split):
     else:
         topic = rng.choice(["name"] * 4 + ["nature"] * 2 + ["maker"] * 2 + ["other"] + ["fact"] * bool(facts))
         # nobody called Anna says "No, I am Anna"
-        others = [wording for wording in WORDINGS[topic] if not re.search(rf"\b{re.escape(name)}\b", wording, re.IGNORECASE)]
-        question = decorated(rng.choice(others if topic == "other" else WORDINGS[topic]), rng)
+        own = re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE)
+        wordings = [wording for wording in WORDINGS[topic] if topic != "other" or not own.search(wording)]
+        question = decorated(rng.choice(wordings), rng)
         if rng.random() < 0.1:                       # one in ten begins with a greeting and its answer
             messages = [{"role": "user", "content": rng.choice(SMALL_TALK)},
                         {"role": "assistant", "content": f"Hello! I am {name}. How can I help you?"}]

@@ -18,7 +18,7 @@ MAX_LETTERS = 12                             # of an invented word, as of the co
 
 
 def word_list():
-    """Where the words come from: (name, path) of the downloaded list (370,105 words), or of none: the embedded corpus."""
+    """(name, path) of the downloaded list of words, 370,105 of them; path "": the embedded corpus has to give them."""
     path = base_path("task_data", "words", "words_alpha.txt")
     return ("words_alpha", path) if os.path.exists(path) else ("embedded", "")
 

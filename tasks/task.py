@@ -111,7 +111,7 @@ def all_tests(embedded, who):
         if name.endswith(".py"):
             module = importlib.import_module(f"tasks.{name[:-3]}")
             new = module.tests(embedded, who) if hasattr(module, "tests") else {}
-            assert not found.keys() & new.keys(), f"tasks/{name}: another file has a test {[*found.keys() & new.keys()]} as well"
+            assert not found.keys() & new.keys(), f"tasks/{name}: another file has a test of the same name"
             found |= new
     return found
 
