@@ -34,37 +34,19 @@ config = configure(globals(), show=False)  # the screen belongs to the conversat
 
 QUIT, CLEAR = ("quit", "exit"), "clear"
 
+if not (math.isfinite(temperature) and temperature >= 0):
+    raise SystemExit(f"temperature={temperature}: must be 0 or more")
+if top_k < 0:
+    raise SystemExit(f"top_k={top_k}: must be 0 (all tokens) or more")
+if prompt and not prompt.strip():
+    raise SystemExit("prompt: there is nothing in it to answer; leave it out for a conversation")
+if max_tokens < 1:
+    raise SystemExit(f"max_tokens={max_tokens}: must be 1 or more")
+
 
 def note(text):
     """A remark of the program's own, kept apart from the model's words."""
     print(f"({text})", file=sys.stderr, flush=True)
-
-
-def check_knobs():
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise SystemExit(f"temperature={temperature}: must be 0 or more")
-    if top_k < 0:
-        raise SystemExit(f"top_k={top_k}: must be 0 (all tokens) or more")
-    if prompt and not prompt.strip():
-        raise SystemExit("prompt: there is nothing in it to answer; leave it out for a conversation")
-    if max_tokens < 1:
-        raise SystemExit(f"max_tokens={max_tokens}: must be 1 or more")
-
-
-def furthest_stage():
-    """The last stage, in the order base mid sft, that has a checkpoint."""
-    for stage in reversed(FOLDERS):
-        if model_tag in tags_of(stage) or not model_tag and tags_of(stage):
-            return stage
-    raise SystemExit(f"{base_path()}: no checkpoint of any stage here; run: bash run_realistic.sh")
-
-
-def turn_of(text):
-    """The tokens of one thing said to the model, up to where its answer starts."""
-    if stage == "base":
-        return tokenizer.encode(text)
-    conversation = {"messages": [{"role": "user", "content": text}]}
-    return tokenizer.render_for_completion(conversation)[1:]       # <|bos|> comes once, in fit
 
 
 def fit(turns, turn):
@@ -113,8 +95,11 @@ def reply_to(text, turns, answer_seed):
 
     raises ValueError, one line, when the text does not fit the context
     """
-    turn = turn_of(text)
-    opening = text if stage == "base" else ""          # so that text and continuation are one
+    if stage == "base":
+        opening, turn = text, tokenizer.encode(text)   # shown before the answer, so that both are one text
+    else:
+        question = {"messages": [{"role": "user", "content": text}]}
+        opening, turn = "", tokenizer.render_for_completion(question)[1:]      # <|bos|> comes once, in fit
     reply, stopped = answer(fit(turns, turn), answer_seed, opening)
     if stage != "base":
         said = [token for token in reply if token not in engine.ends]
@@ -122,37 +107,13 @@ def reply_to(text, turns, answer_seed):
     return stopped
 
 
-def converse():
-    """Read, answer, remember, until the end of the input. In a file of questions each line stands for itself."""
-    turns, asked = [], 0
-    while True:
-        try:
-            text = input("> " if terminal else "").strip()
-        except EOFError:
-            break
-        except KeyboardInterrupt:                      # at the prompt it only empties the line
-            if not terminal:
-                raise SystemExit(130) from None
-            note("quit, exit or Ctrl-D ends")
-            continue
-        if text.lower() in QUIT:
-            break
-        if text.lower() == CLEAR:
-            turns = []
-            note("a new conversation")
-        elif text:
-            try:
-                reply_to(text, turns if terminal else [], first_seed + asked)
-            except ValueError as error:
-                note(error)
-            asked += 1                                 # asked again, a question is drawn anew
-
-
-check_knobs()
 for stream in (sys.stdin, sys.stdout):                 # bytes or letters that do not fit: no crash
     with contextlib.suppress(AttributeError):
         stream.reconfigure(errors="replace")
-stage = source or furthest_stage()
+there = [name for name in FOLDERS if model_tag in tags_of(name) or not model_tag and tags_of(name)]
+stage = source or (there[-1] if there else "")
+if not stage:
+    raise SystemExit(f"{base_path()}: no checkpoint of any stage here; run: bash run_realistic.sh")
 folder, meta = find_checkpoint(stage, model_tag, step)
 machine = start(device, dtype, meta)
 model, tokenizer = load_model(folder, meta, machine)
@@ -173,4 +134,27 @@ if terminal:
     with contextlib.suppress(ImportError):             # arrow keys and history, where there is one
         import readline  # noqa: F401
     note("quit, exit or Ctrl-D ends, clear starts over, Ctrl-C stops an answer")
-converse()
+
+# read, answer, remember, until the end of the input; in a file of questions each line stands for itself
+turns, asked = [], 0
+while True:
+    try:
+        text = input("> " if terminal else "").strip()
+    except EOFError:
+        break
+    except KeyboardInterrupt:                          # at the prompt it only empties the line
+        if not terminal:
+            raise SystemExit(130) from None
+        note("quit, exit or Ctrl-D ends")
+        continue
+    if text.lower() in QUIT:
+        break
+    if text.lower() == CLEAR:
+        turns = []
+        note("a new conversation")
+    elif text:
+        try:
+            reply_to(text, turns if terminal else [], first_seed + asked)
+        except ValueError as error:
+            note(error)
+        asked += 1                                     # asked again, a question is drawn anew

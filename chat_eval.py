@@ -18,7 +18,7 @@ from plumbing.configurator import configure
 from engine import Engine
 from evals.metrics import GUESSING, centered, constant_share, evaluate_task
 from evals.saved import read_results, write_results
-from tasks import all_tests, check, who_is
+from tasks import all_tests, is_right, who_is
 
 source = "sft"                 # -i: whose model: base, mid or sft
 model_tag = ""                 # which model of that stage, like d12; "" = the only one there is
@@ -68,7 +68,7 @@ for name in wanted:
     if resume and "accuracy" in done and done["settings"] == settings:
         print0(f"{name}: {done['right']} of {done['total']}, there already")
         continue
-    clock, check_answer, problem = time.perf_counter(), check, ""
+    clock, check_answer, problem = time.perf_counter(), is_right, ""
     if name == "HumanEval":
         results["sandbox"], problem = sandbox.layers(), "" if unsafe_exec else sandbox.problem_with_layers()
         layers = ", ".join(sandbox.layers()) or "nothing at all"

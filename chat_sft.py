@@ -23,7 +23,7 @@ from plumbing import budget
 from plumbing.common import Log, Progress, due, duration, print0
 from plumbing.configurator import configure
 from plumbing.machine import finish, memory_advice, reduce_and_clip, start, sum_over_ranks, to_device
-from tasks import (Mixture, all_tests, arc, check, docstrings, gsm8k, identity, identity_file, simple_spelling, smoltalk,
+from tasks import (Mixture, all_tests, arc, docstrings, gsm8k, identity, identity_file, is_right, simple_spelling, smoltalk,
                    spelling_bee, who_is)
 
 # where from
@@ -135,7 +135,7 @@ for step in range(start_step, total_steps + 1):
             peak_memory=machine.peak_memory()))
     if eval_metrics_max_problems and due(step, eval_metrics_every, last):
         for name, task in tests.items():
-            right, total = metrics.evaluate_task(Engine(model, tokenizer), task, check, eval_metrics_max_problems, 128)
+            right, total = metrics.evaluate_task(Engine(model, tokenizer), task, is_right, eval_metrics_max_problems, 128)
             print0(f"step {step:5d}/{total_steps} | {name}: {right} of {total}")
             log.write(step, test=name, right=right, total=total)
     if last:

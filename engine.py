@@ -48,11 +48,6 @@ class KVCache:
         """Count T tokens as seen; once per forward pass, when every layer has appended."""
         self.length += T
 
-    def copy_row(self, other):
-        """Fill every row with the one row of another cache: a prompt is computed only once."""
-        self.kv[..., :other.length, :] = other.kv[..., :other.length, :]
-        self.length = other.length
-
 
 def sample_next(logits, temperature, top_k, generator):
     """
@@ -97,24 +92,20 @@ class Reply:
         self.left -= 1
         if self.forced:
             return self.forced.popleft(), True, False
-        self.watch(drawn)
-        return drawn, True, True
-
-    def watch(self, token):
-        """The state machine of the tool, and the end of the reply."""
         special = self.tokenizer.special
-        if token in (special("<|assistant_end|>"), special("<|bos|>")):
+        if drawn in (special("<|assistant_end|>"), special("<|bos|>")):
             self.left = 0
-        elif token == special("<|python_start|>"):
+        elif drawn == special("<|python_start|>"):
             self.call = []
-        elif token == special("<|python_end|>") and self.call is not None:
+        elif drawn == special("<|python_end|>") and self.call is not None:
             result = calculate(self.tokenizer.decode(self.call))
             self.call = None
             if result is not None:                             # no sum it can do: the model goes on
                 self.forced.extend([special("<|output_start|>"), *self.tokenizer.encode(result),
                                     special("<|output_end|>")])
         elif self.call is not None:
-            self.call.append(token)
+            self.call.append(drawn)
+        return drawn, True, True
 
 
 class Engine:
@@ -191,9 +182,9 @@ class Engine:
         cache = KVCache(self.model, len(idx), length if once and B > 1 else max_len)
         end = torch.full((len(idx),), length - 1, device=self.model.device)
         logits = self.model(idx, kv_cache=cache, positions=end)    # not of the whole prompt: (B, V)
-        if once and B > 1:
+        if once and B > 1:                                      # computed once, then copied into every row
             one, cache = cache, KVCache(self.model, B, max_len)
-            cache.copy_row(one)
+            cache.kv[..., :length, :], cache.length = one.kv, length
             logits = logits.expand(B, -1)
         return cache, logits
 

@@ -4,6 +4,7 @@ Fetch what the run learns from: shards of web text, and with --tasks=1 conversat
 reads   the hub (HF_ENDPOINT, NANOCHAT_MIRROR); with --embedded=1 the documentation inside this Python instead
 writes  base_data/shard_NNNNN.parquet, task_data/
 run     python prepare.py -n 8               the first 8 training shards and the validation shard
+        python prepare.py --tasks=1          conversations and questions
         python prepare.py --embedded=1       no network
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
@@ -16,25 +17,25 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import pyarrow.parquet as pq
 
 from data import VAL_SHARD, is_embedded, shard_path, write_shard
+from plumbing.budget import SHARD_BYTES
 from plumbing.common import base_path
 from plumbing.configurator import configure
-from plumbing.download import HUB, check_parquet, download
+from plumbing.download import HUB, problem_with_parquet, download
 from tasks.downloaded import fetch
 from tasks.pydocs import documents, is_validation
 
-num_shards = 8         # training shards to fetch, from 00000 on (95 MB, 52M tokens each); 0 = none
+num_shards = 0         # -n: training shards to fetch, from 00000 on (95 MB, 52M tokens each); 0 = 8, or the tasks alone
 num_threads = 4        # files fetched at the same time
 embedded = False       # 1 = write the embedded corpus as the shards instead of downloading any
-tasks = False          # 1 = also fetch what the tasks need (conversations, questions, words)
+tasks = False          # 1 = fetch what the tasks need (conversations, questions, words), and shards only as -n says
 config = configure(globals())
 
 SHARD_URL = f"{HUB}/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main/shard_%05d.parquet"
-SHARD_BYTES = 100e6    # a shard on disk, rounded up
 
 
-def check_shard(path):
+def problem_with_shard(path):
     """What keeps a file from being a downloaded shard of text, "" for nothing."""
-    problem = check_parquet(path)
+    problem = problem_with_parquet(path)
     if problem:
         return problem
     schema = pq.read_schema(path)
@@ -49,9 +50,9 @@ def fetch_shards(num_shards, num_threads):
         raise SystemExit(f"num_shards={num_shards}: the set has {VAL_SHARD} training shards")
     wanted = [VAL_SHARD, *range(num_shards)]      # validation first: the first evaluation needs it
     for path in map(shard_path, wanted):          # somebody's own text is never replaced
-        if os.path.exists(path) and not check_parquet(path) and "text" not in pq.read_schema(path).names:
-            raise SystemExit(f"{path}: {check_shard(path)}; name its column of texts so, or move the file away")
-    missing = [i for i in wanted if not os.path.exists(shard_path(i)) or check_shard(shard_path(i))]
+        if os.path.exists(path) and not problem_with_parquet(path) and "text" not in pq.read_schema(path).names:
+            raise SystemExit(f"{path}: {problem_with_shard(path)}; name its column of texts so, or move the file away")
+    missing = [i for i in wanted if not os.path.exists(shard_path(i)) or problem_with_shard(shard_path(i))]
     folder, need = base_path("base_data"), len(missing) * SHARD_BYTES
     os.makedirs(folder, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -78,7 +79,7 @@ def fetch_shards(num_shards, num_threads):
 
 def fetch_shard(i):
     start = time.time()
-    num_bytes = download(SHARD_URL % i, shard_path(i), check_shard)
+    num_bytes = download(SHARD_URL % i, shard_path(i), problem_with_shard)
     seconds = time.time() - start
     megabytes = num_bytes / 1e6
     return f"shard_{i:05d}.parquet   {megabytes:.1f} MB   {megabytes / seconds:.1f} MB/s"
@@ -105,8 +106,8 @@ def write_embedded():
 try:
     if embedded:
         write_embedded()
-    elif num_shards:
-        fetch_shards(num_shards, num_threads)
+    elif num_shards or not tasks:
+        fetch_shards(num_shards or 8, num_threads)
     if tasks:
         fetch()
 except KeyboardInterrupt:

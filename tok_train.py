@@ -64,19 +64,14 @@ seconds = time.time() - start
 print(f"learned {tokenizer.vocab_size:,} tokens in {duration(seconds)} from "
       f"{chars:,} characters, {documents:,} documents, {len(used)} shards")
 
-
-def bytes_per_token(path, most_bytes=10_000_000):
-    """How much text a token stands for, on the first most_bytes bytes of a shard."""
-    num_bytes = num_tokens = 0
-    for text in read_texts(path):
-        num_bytes += len(text.encode("utf-8", "replace"))
-        num_tokens += len(tokenizer.encode(text))
-        if num_bytes >= most_bytes:
-            break
-    return num_bytes / max(1, num_tokens)
-
-
-compression = bytes_per_token(shard_path(VAL_SHARD))
+# how much text a token stands for, on the first 10 MB of the validation shard
+num_bytes = num_tokens = 0
+for text in read_texts(shard_path(VAL_SHARD)):
+    num_bytes += len(text.encode("utf-8", "replace"))
+    num_tokens += len(tokenizer.encode(text))
+    if num_bytes >= 10_000_000:
+        break
+compression = num_bytes / max(1, num_tokens)
 print(f"validation text: {compression:.3f} bytes per token")
 
 # a look at what was found: early merges are short and common, late ones are whole words
@@ -85,7 +80,6 @@ for first in (256, (256 + num_ranks) // 2, max(256, num_ranks - 12)):
     some = range(first, min(first + 12, num_ranks))
     print(f"tokens from {first}: " + " ".join(repr(tokenizer.decode([i])) for i in some))
 
-seen = dict(chars=chars, documents=documents, shards=len(used))
-tokenizer.save(folder, dict(max_chars=max_chars, doc_cap=doc_cap, seen=seen, seconds=seconds,
-                            val_bytes_per_token=compression))
+tokenizer.save(folder, dict(max_chars=max_chars, doc_cap=doc_cap, seconds=seconds, val_bytes_per_token=compression,
+                            seen=dict(chars=chars, documents=documents, shards=len(used))))
 print(f"fingerprint {tokenizer.fingerprint}, saved in {folder}")

@@ -51,7 +51,12 @@ class Tokenizer:
         self.ranks, self.pattern = list(ranks), pattern
         self.specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
-        self.fingerprint = fingerprint(ranks, pattern)
+        # names the vocabulary, so that caches made with another are never mixed up; the lengths go in with the bytes,
+        # so that no two lists of tokens read the same
+        digest = hashlib.sha256()
+        for piece in [pattern.encode(), *ranks, *(name.encode() for name in SPECIAL_TOKENS)]:
+            digest.update(len(piece).to_bytes(4, "little") + piece)
+        self.fingerprint = digest.hexdigest()[:16]
         self.bos = self.special("<|bos|>")
         # the bytes of every id, for decoding; a special decodes to its name
         self.pieces = self.ranks + [name.encode() for name in SPECIAL_TOKENS]
@@ -94,42 +99,33 @@ class Tokenizer:
         """The tokens that are two or more lowercase ASCII letters: pieces for spelling rows."""
         return [token.decode() for token in self.ranks if re.fullmatch(rb"[a-z]{2,}", token)]
 
-    def render_conversation(self, conversation, max_tokens=0):
+    def render_conversation(self, conversation):
         """
         A conversation as tokens, and which of them the assistant has to learn.
 
-        max_tokens: cut after so many tokens; 0 = whole
         returns (ids, mask), two lists of int of the same length; mask[i] = 1 where token i is
             the assistant's to produce: its text, its calls of the calculator with their start
             and end, and <|assistant_end|>. What users and the calculator say is 0.
         raises ValueError, one line, when roles or parts are not as they must be
         """
         ids, mask = [self.bos], [0]
-
-        def add(tokens, learned):
-            ids.extend(tokens)
-            mask.extend([learned] * len(tokens))
-
         for message in merge_system(conversation):
             role = message["role"]
-            start, end = self.special(f"<|{role}_start|>"), self.special(f"<|{role}_end|>")
             learned = int(role == "assistant")
-            add([start], 0)                         # the program writes it, also at generation
-            for kind, text in parts_of(message):
-                self.add_part(add, kind, text, learned)
-            add([end], learned)                     # the assistant learns to stop
-        cut = max_tokens if max_tokens > 0 else len(ids)
-        return ids[:cut], mask[:cut]
-
-    def add_part(self, add, kind, text, learned):
-        """One part of a message: plain text, or a call or a result between its two specials."""
-        tokens = self.encode(text)
-        if kind == "python":
-            tokens = [self.special("<|python_start|>"), *tokens, self.special("<|python_end|>")]
-        if kind == "python_output":                 # forced in at generation, so never learned
-            tokens = [self.special("<|output_start|>"), *tokens, self.special("<|output_end|>")]
-            learned = 0
-        add(tokens, learned)
+            ids.append(self.special(f"<|{role}_start|>"))
+            mask.append(0)                          # the program writes it, also at generation
+            for part, text in parts_of(message):
+                tokens = self.encode(text)
+                if part == "python":
+                    tokens = [self.special("<|python_start|>"), *tokens, self.special("<|python_end|>")]
+                elif part == "python_output":
+                    tokens = [self.special("<|output_start|>"), *tokens, self.special("<|output_end|>")]
+                ids += tokens
+                # a result is forced in at generation, so it is never learned
+                mask += [0 if part == "python_output" else learned] * len(tokens)
+            ids.append(self.special(f"<|{role}_end|>"))
+            mask.append(learned)                    # the assistant learns to stop
+        return ids, mask
 
     def render_for_completion(self, conversation):
         """
@@ -191,18 +187,6 @@ def load_tokenizer():
     return Tokenizer.load(base_path("tokenizer"))
 
 
-def fingerprint(ranks, pattern):
-    """
-    16 hex digits that name a vocabulary: caches made with another one are never mixed up.
-
-    Lengths go in with the bytes, so that no two lists of tokens read the same.
-    """
-    digest = hashlib.sha256()
-    for piece in [pattern.encode(), *ranks, *(name.encode() for name in SPECIAL_TOKENS)]:
-        digest.update(len(piece).to_bytes(4, "little") + piece)
-    return digest.hexdigest()[:16]
-
-
 def merge_system(conversation):
     """
     The messages, checked, with a system message put in front of the first user message.
@@ -214,7 +198,7 @@ def merge_system(conversation):
     if messages and messages[0].get("role") == "system":
         if len(messages) < 2 or messages[1].get("role") != "user":
             raise ValueError("conversation: a user message must follow the system message")
-        system, first = text_of(messages[0]), text_of(messages[1])
+        system, first = ("".join(text for _, text in parts_of(message)) for message in messages[:2])
         messages = [dict(messages[1], content=f"{system}\n\n{first}"), *messages[2:]]
     if not messages:
         raise ValueError("conversation: it has no messages")
@@ -227,25 +211,20 @@ def merge_system(conversation):
 
 
 def parts_of(message):
-    """The (kind, text) pairs of a message; only the assistant may use the calculator."""
+    """The (type, text) pairs of a message; only the assistant may use the calculator."""
     role, content = message["role"], message.get("content")
     if isinstance(content, str):
         return [("text", content)]
     if not isinstance(content, list):
         raise ValueError(f"conversation: the content of a {role} message is "
                          f"{type(content).__name__}, not text or parts")
-    kinds = ("text", "python", "python_output") if role == "assistant" else ("text",)
+    types = ("text", "python", "python_output") if role == "assistant" else ("text",)
     for part in content:
         part = part if isinstance(part, dict) else {}
-        if part.get("type") not in kinds or not isinstance(part.get("text"), str):
+        if part.get("type") not in types or not isinstance(part.get("text"), str):
             raise ValueError(f"conversation: a part of a {role} message needs a text "
-                             f"and a type from {', '.join(kinds)}")
+                             f"and a type from {', '.join(types)}")
     return [(part["type"], part["text"]) for part in content]
-
-
-def text_of(message):
-    """The text parts of a message as one string."""
-    return "".join(text for kind, text in parts_of(message) if kind == "text")
 
 
 def import_rustbpe():
@@ -255,16 +234,16 @@ def import_rustbpe():
     The folder rustbpe/ beside the scripts imports as an empty package where the crate is not
     installed, and the package index has another project of that name.
     """
-    mend = "run: bash setup.sh (or: pip install ./rustbpe)"
+    remedy = "run: bash setup.sh (or: pip install ./rustbpe)"
     try:
         import rustbpe
     except ImportError as error:
-        raise SystemExit(f"rustbpe: the Rust crate is not installed ({error}); {mend}") from None
+        raise SystemExit(f"rustbpe: the Rust crate is not installed ({error}); {remedy}") from None
     if getattr(rustbpe, "__file__", None) is None:
-        raise SystemExit(f"rustbpe: only the source folder is there, nothing is built; {mend}")
+        raise SystemExit(f"rustbpe: only the source folder is there, nothing is built; {remedy}")
     if getattr(rustbpe, "__crate__", "") != "nanochat-rustbpe":
         raise SystemExit(f"rustbpe: {rustbpe.__file__} is another package of the same name; "
-                         f"pip uninstall rustbpe, then {mend}")
+                         f"pip uninstall rustbpe, then {remedy}")
     return rustbpe
 
 
@@ -289,7 +268,7 @@ def train_tokenizer(paths, vocab_size, max_chars=0, doc_cap=0, progress=None):
                                                       progress=progress)
     except ValueError as error:
         if not hasattr(error, "most_tokens"):
-            raise SystemExit(f"{error}; delete the file and run python data.py again") from None
+            raise SystemExit(f"{error}; delete the file and run python prepare.py again") from None
         most = error.most_tokens + len(SPECIAL_TOKENS)
         raise SystemExit(f"vocab_size={vocab_size}: this text gives only {most} tokens, the {len(SPECIAL_TOKENS)} "
                          f"special ones included; learn from more text or take --vocab_size={most}") from None

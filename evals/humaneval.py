@@ -36,7 +36,7 @@ def humaneval_row(row):
     solution = f"{row['prompt']}{row['canonical_solution']}".strip()
     return {"messages": [{"role": "user", "content": row["prompt"]},
                          {"role": "assistant", "content": f"```python\n{solution}\n```"}],
-            "kind": "program", "given": given, "test": row["test"],
+            "grading": "program", "given": given, "test": row["test"],
             "entry_point": row["entry_point"]}
 
 

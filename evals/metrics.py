@@ -77,7 +77,7 @@ def evaluate_task(engine, task, check, max_problems=0, max_tokens=256, batch_siz
     Test a model on a task -> (right ones, problems); max_problems 0 = all of them.
 
     A multiple choice is decided by the logits of the letters, anything else by a greedy answer
-    that check(conversation, answer text) -> bool judges (tasks.check).
+    that check(conversation, answer text) -> bool judges (tasks.is_right).
     """
     model, tokenizer, context = engine.model, engine.tokenizer, engine.model.config.sequence_len
     problems = [task[i] for i in range(RANK, min(max_problems or len(task), len(task)), WORLD_SIZE)]

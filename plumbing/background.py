@@ -33,19 +33,16 @@ def start_background(function, *args):
         its one line when it has failed. still_coming.process: the Popen, None on other ranks.
     """
     assert function.__module__ != "__main__", "start_background: put the function into a module"
-    if RANK != 0:
-        def still_coming():
-            return True
-        still_coming.process = None
-        return still_coming
-    errors = tempfile.TemporaryFile()             # a pipe would fill up with nobody reading it
-    process = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stderr=errors)
-    with process.stdin:
-        call = pickle.dumps((function, args))
-        pickle.dump((os.getpid(), sys.path, call), process.stdin)
+    process = None
+    if RANK == 0:
+        errors = tempfile.TemporaryFile()         # a pipe would fill up with nobody reading it
+        process = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stderr=errors)
+        with process.stdin:
+            call = pickle.dumps((function, args))
+            pickle.dump((os.getpid(), sys.path, call), process.stdin)
 
     def still_coming():
-        if process.poll() is None:
+        if process is None or process.poll() is None:
             return True
         if process.returncode == 0:
             return False

@@ -12,6 +12,7 @@ KEEP = 2                     # checkpoints of a stage that stay on the disk: the
 SHARD_TOKENS = 52e6          # tokens in a shard of web text, about 250M characters
 SHARD_BYTES = 95e6           # and its size on the disk
 MICRO_TOKENS = 65536         # most tokens of an automatic micro-batch: a GPU is busy long before
+CPU_BYTES = 1e9              # what a training step may take of a CPU's memory
 
 # Dense bf16 matrix peak of a device in FLOP/s, from the makers' datasheets; the first name that
 # the device's own name contains counts. A device that is not here gets no MFU rather than a guess.
@@ -79,7 +80,7 @@ def rows_per_step(total_batch_size, max_seq_len):
 def micro_batches(rows, world_size, device_batch_size, free_bytes, model_config, compute_bytes,
                   gradient_checkpointing=False):
     """
-    How a step's rows are worked off -> (rows per micro-batch, rows per rank, micro-batches).
+    How a step is split -> (rows per micro-batch, rows per rank, micro-batches per rank).
 
     The rows of a step are given by the configuration, the micro-batch by the memory, so a
     smaller GPU changes the speed and never the training. device_batch_size has to divide the

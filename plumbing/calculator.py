@@ -76,31 +76,22 @@ def value_of(node, depth, source):
     """
     if depth == 0:
         raise ValueError("nested too deep")
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value = Fraction(source[node.col_offset:node.end_col_offset].decode())
-    elif isinstance(node, ast.BinOp) and type(node.op) in BINARY:
-        # a chain 1+2+3+... leans to the left and is as deep as it is long; only the right side
-        # and parentheses cost depth there, MAX_CHARS bounds the rest
-        value = BINARY[type(node.op)](value_of(node.left, depth, source), value_of(node.right, depth - 1, source))
-    elif isinstance(node, ast.UnaryOp) and type(node.op) in UNARY:
-        value = UNARY[type(node.op)](value_of(node.operand, depth - 1, source))
-    elif is_count(node):
-        value = node.func.value.value.count(node.args[0].value)
-    else:
-        raise ValueError("not arithmetic")
+    match node:
+        case ast.Constant(value=int() | float()):
+            value = Fraction(source[node.col_offset:node.end_col_offset].decode())
+        case ast.BinOp() if type(node.op) in BINARY:
+            # a chain 1+2+3+... leans to the left and is as deep as it is long; only the right side
+            # and parentheses cost depth there, MAX_CHARS bounds the rest
+            value = BINARY[type(node.op)](value_of(node.left, depth, source), value_of(node.right, depth - 1, source))
+        case ast.UnaryOp() if type(node.op) in UNARY:
+            value = UNARY[type(node.op)](value_of(node.operand, depth - 1, source))
+        case ast.Call(ast.Attribute(ast.Constant(str(text)), "count"), [ast.Constant(str(part))], []):
+            value = text.count(part)
+        case _:
+            raise ValueError("not arithmetic")
     if value and not 1 <= abs(value) * MAX_ABS <= MAX_ABS**2:
         raise ValueError("too large or too small")
     return Fraction(value)                           # // and count give an int, and int / int would be a float
-
-
-def is_count(node):
-    """Whether the node is 'text'.count('text') and nothing more."""
-    def is_text(node):
-        return isinstance(node, ast.Constant) and isinstance(node.value, str)
-
-    return (isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords
-            and isinstance(node.func, ast.Attribute) and node.func.attr == "count"
-            and is_text(node.func.value) and is_text(node.args[0]))
 
 
 def write(value):

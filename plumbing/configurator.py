@@ -14,12 +14,12 @@ import ast
 import difflib
 import os
 import sys
-import textwrap
+import traceback
 from types import ModuleType
 
 from plumbing.common import print0
 
-KINDS = (int, float, bool, str)
+TYPES = (int, float, bool, str)
 SHORT = {                    # short forms people type, each followed by its value: -n 8
     "-p": "prompt",          # what to ask
     "-i": "source",          # which stage's model: base, mid, sft
@@ -31,7 +31,7 @@ SHORT = {                    # short forms people type, each followed by its val
 
 def configure(scope, argv=None, show=True):
     """
-    Apply argv (default: the command line) to the knobs in scope, print and return them.
+    Apply argv (default: the command line) to the knobs in scope; print what it changed, and where that came from.
 
     returns {name: value} of every knob as the run sees it; it is saved with the checkpoint
     raises SystemExit with one line when a name, a type or a file is wrong
@@ -39,9 +39,11 @@ def configure(scope, argv=None, show=True):
     argv = join_short(sys.argv[1:] if argv is None else list(argv))
     knobs = {name: value for name, value in scope.items() if is_knob(name, value)}
     for name, value in knobs.items():
-        assert type(value) in KINDS, f"knob {name} = {value!r}: a default is an int, float, bool or str"
-    if "--help" in argv or "-h" in argv:
-        print(help_text(scope, knobs))
+        assert type(value) in TYPES, f"knob {name} = {value!r}: a default is an int, float, bool or str"
+    if "--help" in argv or "-h" in argv:             # the docstring, and the knobs with their comments
+        with open(scope["__file__"], encoding="utf-8") as f:
+            lines = [line.rstrip() for line in f if line.split(" = ")[0] in knobs]
+        print("\n".join([(scope.get("__doc__") or "").strip(), "", *lines]))
         raise SystemExit(0)
     came_from = {}                                   # knob -> the file or flag that set it last
     for arg in argv:
@@ -49,8 +51,8 @@ def configure(scope, argv=None, show=True):
         for name, value in read(arg, knobs):
             knobs[name] = checked(name, value, knobs, arg)
             came_from[name] = arg if read is read_file else "command line"
-    if show:
-        print_knobs(knobs, came_from)
+    for name, origin in came_from.items() if show else ():
+        print0(f"  {name} = {knobs[name]!r}   ({origin})")
     scope.update(knobs)
     return knobs
 
@@ -104,18 +106,11 @@ def read_file(path, knobs):
         with open(path, encoding="utf-8") as f:
             exec(compile(f.read(), path, "exec"), names)
     except Exception as error:
-        line = next((f" line {t.tb_lineno}" for t in walk(error) if t.tb_frame.f_code.co_filename == path), "")
+        entries = traceback.walk_tb(error.__traceback__)
+        line = next((f" line {number}" for frame, number in entries if frame.f_code.co_filename == path), "")
         raise SystemExit(f"{path}{line}: {type(error).__name__}: {error}")
     return [(name, value) for name, value in names.items()
             if is_knob(name, value) and (name not in knobs or value is not knobs[name])]
-
-
-def walk(error):
-    """The traceback entries of an exception, outermost first."""
-    entry = error.__traceback__
-    while entry:
-        yield entry
-        entry = entry.tb_next
 
 
 def checked(name, value, knobs, arg):
@@ -123,25 +118,9 @@ def checked(name, value, knobs, arg):
     if name not in knobs:
         near = difflib.get_close_matches(name.replace("-", "_"), knobs, n=1)
         raise SystemExit(f"{arg}: there is no knob {name!r}; " + (f"did you mean {near[0]}?" if near else "see --help"))
-    kind = type(knobs[name])
-    if type(value) is int and (kind is float or kind is bool and value in (0, 1)):
-        return kind(value)
-    if type(value) is not kind:
-        raise SystemExit(f"{arg}: {name} must be {kind.__name__}, like {knobs[name]!r}, not {value!r}")
+    wanted = type(knobs[name])
+    if type(value) is int and (wanted is float or wanted is bool and value in (0, 1)):
+        return wanted(value)
+    if type(value) is not wanted:
+        raise SystemExit(f"{arg}: {name} must be {wanted.__name__}, like {knobs[name]!r}, not {value!r}")
     return value
-
-
-def print_knobs(knobs, came_from):
-    """One line per override with its origin, then the defaults as a paragraph."""
-    for name, origin in came_from.items():
-        print0(f"  {name} = {knobs[name]!r}   ({origin})")
-    defaults = " ".join(f"{name}={value!r}" for name, value in knobs.items() if name not in came_from)
-    print0(textwrap.fill(f"defaults: {defaults}", 100, initial_indent="  ", subsequent_indent="  ",
-                         break_long_words=False, break_on_hyphens=False))
-
-
-def help_text(scope, knobs):
-    """The script's docstring and its knob lines with their comments, straight from the source."""
-    with open(scope["__file__"], encoding="utf-8") as f:
-        lines = [line.rstrip() for line in f if line.split(" = ")[0] in knobs]
-    return "\n".join([(scope.get("__doc__") or "").strip(), "", *lines])

@@ -31,28 +31,28 @@ class Again(Exception):
     """Worth another try: (what happened, seconds the server asks to wait or 0)."""
 
 
-def download(url, path, check=None):
+def download(url, path, problem_with=None):
     """
     Fetch url to path; a good file that is already there costs milliseconds.
 
     url: the real address; HF_ENDPOINT and NANOCHAT_MIRROR are applied here
-    check: path -> what is wrong with the file, "" for nothing (default: *.parquet must open)
+    problem_with: path -> what is wrong with the file, "" for nothing (default: *.parquet must open)
     returns the number of bytes fetched, 0 when nothing had to be
     raises SystemExit with one line; what has arrived stays in <path>.part and is resumed
     """
-    check = check or (check_parquet if path.endswith(".parquet") else lambda _: "")
+    problem_with = problem_with or (problem_with_parquet if path.endswith(".parquet") else lambda _: "")
     if os.path.exists(path):
-        problem = check(path)
+        problem = problem_with(path)
         if not problem:
             return 0
         print(f"{path}: {problem}; fetching it again", flush=True)
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with locked(f"{path}.part") as f:
-            if os.path.exists(path) and not check(path):    # another process was faster
+            if os.path.exists(path) and not problem_with(path):      # another process was faster
                 return 0
             before = f.tell()
-            fetch_patiently(mirrored(url), f, check)
+            fetch_patiently(mirrored(url), f, problem_with)
             os.fsync(f.fileno())
             os.replace(f.name, path)
             return max(os.path.getsize(path) - before, 1)
@@ -97,22 +97,16 @@ def locked(part):
                 os.remove(part)            # nothing came
 
 
-def empty(f):
-    """Forget what has arrived."""
-    f.seek(0)
-    f.truncate()
-
-
-def fetch_patiently(url, f, check):
+def fetch_patiently(url, f, problem_with):
     """Fill f until it is whole and right; what may pass by itself gets more tries."""
     name, spoiled = os.path.basename(f.name)[:-len(".part")], 0
     for pause in (*PAUSES, None):
         try:
             sha256 = fetch(url, f)
-            problem = wrong_bytes(f.name, sha256) or check(f.name)
+            problem = problem_with_bytes(f.name, sha256) or problem_with(f.name)
             if not problem:
                 return
-            empty(f)                       # no part of it can be trusted
+            f.truncate(f.seek(0))          # no part of it can be trusted
             spoiled += 1
             if spoiled == 2:
                 raise SystemExit(f"{name}: {problem}, twice over; {url} serves another file than "
@@ -145,11 +139,11 @@ def fetch(url, f):
     if start:
         headers["Range"] = f"bytes={start}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        refuse(url, response)
+        require_file(url, response)
         resumed = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         if not (start and response.status_code == 206 and resumed):
             start = 0                             # the server sends the whole file: start over
-            empty(f)
+            f.truncate(f.seek(0))
         if response.status_code == 416 or (response.status_code == 206 and not resumed):
             raise Again("what was here does not fit the file there", 0)
         for chunk in response.iter_content(1 << 18):
@@ -164,7 +158,7 @@ def fetch(url, f):
     return next((etag for etag in etags if re.fullmatch("[0-9a-f]{64}", etag)), "")
 
 
-def refuse(url, response):
+def require_file(url, response):
     """Raise for an answer that is no file: Again where waiting may help, else SystemExit."""
     status = response.status_code
     if status in (408, 429) or status >= 500:
@@ -177,7 +171,7 @@ def refuse(url, response):
         raise SystemExit(f"{url}: a web page came instead of the file (a login page or a proxy?)")
 
 
-def wrong_bytes(path, sha256):
+def problem_with_bytes(path, sha256):
     """What is wrong with the bytes, whatever their format; "" for nothing."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
@@ -192,7 +186,7 @@ def wrong_bytes(path, sha256):
     return "its sha256 is not the hub's" if sha256 and digest.hexdigest() != sha256 else ""
 
 
-def check_parquet(path):
+def problem_with_parquet(path):
     """What is wrong with a parquet file as far as its two ends tell, "" for nothing."""
     try:
         with open(path, "rb") as f:

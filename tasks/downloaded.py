@@ -1,8 +1,9 @@
 """
 The tasks that are downloaded: general conversations, school and exam questions, mathematics, and who nanochat is.
 
-reads   task_data/, which fetch() fills (python prepare.py -n 0 --tasks=1)
+reads   task_data/, which fetch() fills (python prepare.py --tasks=1)
 """
+import contextlib
 import functools
 import json
 import os
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 from plumbing.common import base_path
 from plumbing.download import HUB, download
 from tasks import spelling
-from tasks.task import SHUFFLE, Task, must_be, shuffled
+from tasks.task import Task, must_be, shuffled
 
 PARQUET = "%s-00000-of-00001.parquet"
 SOURCES = {     # folder below task_data/: where its files come from, which files
@@ -35,19 +36,30 @@ SOURCES = {     # folder below task_data/: where its files come from, which file
     "words": ("https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/",
               ["words_alpha.txt"]),
 }
-FETCH = "run: python prepare.py -n 0 --tasks=1"
+FETCH = "run: python prepare.py --tasks=1"
 
 
 class ParquetRows:
     """Rows of parquet files as dicts; the number comes from the footers, the text at first use."""
 
     def __init__(self, paths, columns):
-        self.paths, self.columns = paths, columns
-        self.order = shuffled(sum(open_parquet(path).metadata.num_rows for path in paths), SHUFFLE)
+        self.paths, self.columns, num_rows = paths, columns, 0
+        for path in paths:
+            with opened(path) as file:
+                num_rows += file.metadata.num_rows
+        self.order = shuffled(num_rows)
 
     @functools.cached_property
     def table(self):
-        return pa.concat_tables([read_parquet(path, self.columns) for path in self.paths])
+        """The columns of all files, about as large as the text, unlike objects."""
+        tables = []
+        for path in self.paths:
+            with opened(path) as file:
+                missing = set(self.columns) - set(file.schema_arrow.names)
+                if missing:
+                    raise pa.ArrowInvalid(f"it has no column {min(missing)!r}")
+                tables.append(file.read(self.columns))
+        return pa.concat_tables(tables)
 
     def __len__(self):
         return len(self.order)
@@ -56,41 +68,22 @@ class ParquetRows:
         return self.table.slice(int(self.order[i]), 1).to_pylist()[0]
 
 
-def open_parquet(path):
-    """The file, its footer read; SystemExit with the remedy when it is missing or damaged."""
-    if not os.path.exists(path):
-        raise SystemExit(f"{path}: not here; {FETCH}")
+@contextlib.contextmanager
+def opened(path):
+    """A parquet file; SystemExit with the remedy when it is missing, or turns out to be damaged."""
     try:
-        return pq.ParquetFile(path)
+        with pq.ParquetFile(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise SystemExit(f"{path}: not here; {FETCH}") from None
     except (pa.ArrowException, OSError) as error:
-        raise damaged(path, error) from None
-
-
-def read_parquet(path, columns):
-    """The columns of a file as an Arrow table: about as large as the text, unlike objects."""
-    missing = set(columns) - set(open_parquet(path).schema_arrow.names)
-    if missing:
-        raise damaged(path, f"it has no column {min(missing)!r}")
-    try:
-        return open_parquet(path).read(columns)
-    except (pa.ArrowException, OSError) as error:
-        raise damaged(path, error) from None
-
-
-def damaged(path, error):
-    """The exception for a file that is there but no good."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return SystemExit(f"{path}: damaged ({lines[0]}); delete it and {FETCH}")
-
-
-def task_file(task, name):
-    """Where a file of SOURCES lies."""
-    return base_path("task_data", task, name)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SystemExit(f"{path}: damaged ({reason}); delete it and {FETCH}") from None
 
 
 def from_parquet(task, names, columns, convert, size):
     """The Task of some files in a folder of SOURCES."""
-    load = functools.partial(ParquetRows, [task_file(task, name) for name in names], columns)
+    load = functools.partial(ParquetRows, [base_path("task_data", task, name) for name in names], columns)
     return Task(f"{task} {names[0].partition('-0')[0]}", load, convert, size)
 
 
@@ -98,11 +91,7 @@ def smoltalk(split, size=0):
     """General conversations (460K train, 24K test)."""
     must_be("split", split, ("train", "test"))
     names = [name for name in SOURCES["smoltalk"][1] if name.startswith(split)]
-    return from_parquet("smoltalk", names, ["messages"], smoltalk_row, size)
-
-
-def smoltalk_row(row):
-    return {"messages": row["messages"]}
+    return from_parquet("smoltalk", names, ["messages"], None, size)
 
 
 def mmlu(split, size=0):
@@ -144,7 +133,7 @@ def multiple_choice(question, choices, right):
     prompt = f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
     return {"messages": [{"role": "user", "content": prompt},
                          {"role": "assistant", "content": letters[right]}],
-            "kind": "letter", "answer": letters[right], "letters": letters}
+            "grading": "letter", "answer": letters[right], "letters": letters}
 
 
 def gsm8k(split, size=0):
@@ -169,29 +158,26 @@ def gsm8k_row(row):
             parts += [{"type": "text", "text": piece}]
     return {"messages": [{"role": "user", "content": row["question"]},
                          {"role": "assistant", "content": parts}],
-            "kind": "number", "answer": row["answer"].rpartition("####")[2].strip()}
+            "grading": "number", "answer": row["answer"].rpartition("####")[2].strip()}
 
 
 def identity_file():
     """The original's 1,000 conversations about nanochat; a JSON list of messages per line."""
-    return Task("identity file", load_identity_file, identity_file_row)
+    return Task("identity file", load_identity_file)
 
 
 def load_identity_file():
-    path = task_file("identity", "identity_conversations.jsonl")
+    path = base_path("task_data", "identity", "identity_conversations.jsonl")
     if not os.path.exists(path):
         raise SystemExit(f"{path}: not here; {FETCH}")
-    problem = check_identity_file(path)
+    problem = problem_with_identity_file(path)
     if problem:
-        raise damaged(path, problem)
+        raise SystemExit(f"{path}: damaged ({problem}); delete it and {FETCH}")
     with open(path, encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
-    return [rows[i] for i in shuffled(len(rows), SHUFFLE)]
-
-
-def identity_file_row(messages):
     # A few end with a question that nobody answers; there is nothing to learn from it.
-    return {"messages": messages[:-1] if messages[-1]["role"] == "user" else messages}
+    rows = [row[:-1] if row[-1]["role"] == "user" else row for row in rows]
+    return [{"messages": rows[i]} for i in shuffled(len(rows))]
 
 
 def tests(embedded, who):
@@ -200,7 +186,7 @@ def tests(embedded, who):
                                 "MMLU": mmlu("test"), "GSM8K": gsm8k("test")}
 
 
-def check_identity_file(path):
+def problem_with_identity_file(path):
     """What is wrong with the identity conversations, "" for nothing."""
     try:
         with open(path, encoding="utf-8") as f:
@@ -214,18 +200,14 @@ def check_identity_file(path):
     return "" if rows else "it is empty"
 
 
-CHECKS = {"words_alpha.txt": spelling.check_words,
-          "identity_conversations.jsonl": check_identity_file}
+PROBLEM_WITH = {"words_alpha.txt": spelling.problem_with_words,
+                "identity_conversations.jsonl": problem_with_identity_file}
 
 
-def fetch(names=()):
-    """Download into task_data/ what the tasks in names (keys of SOURCES; none = all) need."""
-    unknown = set(names) - set(SOURCES)
-    if unknown:
-        raise SystemExit(f"tasks: {min(unknown)!r} is none of {', '.join(SOURCES)}")
-    for task in names or SOURCES:
-        url, files = SOURCES[task]
+def fetch():
+    """Download into task_data/ what the tasks need."""
+    for task, (url, files) in SOURCES.items():
         for name in files:
-            num_bytes = download(url + name, task_file(task, name), CHECKS.get(name))
+            num_bytes = download(url + name, base_path("task_data", task, name), PROBLEM_WITH.get(name))
             state = f"{num_bytes / 1e6:.1f} MB" if num_bytes else "there"
             print(f"task_data/{task}/{name}   {state}", flush=True)

@@ -27,7 +27,7 @@ WORDINGS = {
         "Can you say who you are?", "I want to know your name.", "Which assistant are you?",
         "Who would you say you are?", "What was your name?", "Are you able to tell me your name?",
     ],
-    "kind": [
+    "nature": [
         "What are you?", "Are you a human?", "Are you a robot?", "Are you an AI?",
         "What kind of model are you?", "Describe yourself.", "Tell me about yourself.",
         "Tell me something about you.", "Present yourself.", "Introduce yourself to me.",
@@ -66,7 +66,7 @@ HELD_OUT = {
         "Can you tell me who you are?", "Do you know who you are?", "By what name are you known?",
         "Might you have a name?", "How are you called?", "I would like to know your name.",
     ],
-    "kind": [
+    "nature": [
         "Introduce yourself.", "Can you describe yourself?", "What sort of thing are you?",
         "Are you a machine?",
     ],
@@ -78,6 +78,7 @@ HELD_OUT = {
         "Are you Copilot?",
     ],
 }
+TEST_QUESTIONS = [(topic, question) for topic, questions in HELD_OUT.items() for question in questions]
 
 GREETINGS = ["", "", "", "", "Hi! ", "Hello! ", "Hey, ", "Good morning. ", "Hi there, ", "Hello, "]
 SMALL_TALK = ["Hi!", "Hello", "hey", "Good morning!", "Hi there", "Good evening", "Hello there!"]
@@ -90,10 +91,8 @@ def identity(name, maker, facts, size=0, split="train"):
     facts: sentences divided by ; (may be empty, and so may maker)
     size: 0 = 1,000 for train; for test each wording that is never trained on, once
     """
-    held_out = len(held_out_questions())
-    size = size or (held_out if split == "test" else 1000)
-    return made("identity", conversation, size,
-                name=name, maker=maker, facts=facts, split=split)
+    size = size or (len(TEST_QUESTIONS) if split == "test" else 1000)
+    return made("identity", conversation, size, name=name, maker=maker, facts=facts, split=split)
 
 
 def who_is(meta):
@@ -110,34 +109,29 @@ def tests(embedded, who):
     return {"says its name": identity(**who, split="test")}
 
 
-def held_out_questions():
-    """The test wordings as a list of (kind, question)."""
-    return [(kind, question) for kind, questions in HELD_OUT.items() for question in questions]
-
-
 def conversation(i, name, maker, facts, split):
     """
-    Conversation number i: a dict of messages, kind "identity" and answer (the name).
+    Conversation number i: who the model is, in one of many wordings; right where the name is in the answer.
 
     facts: str, sentences separated by ";"; may be empty, and so may maker
     split: "train" draws decorated wordings; "test" gives the held-out ones as they stand, in turn
     """
     facts = [fact.strip().rstrip(".") + "." for fact in facts.split(";") if fact.strip()]
-    rng = random.Random(f"identity {split} {i}")     # a str seed: the same on every machine
+    rng, messages = random.Random(f"identity {split} {i}"), []     # a str seed: the same on every machine
     if split == "test":
-        questions = held_out_questions()
-        kind, question = questions[i % len(questions)]
-        messages = []
+        topic, question = TEST_QUESTIONS[i % len(TEST_QUESTIONS)]
     else:
-        kinds = ["name"] * 4 + ["kind"] * 2 + ["maker"] * 2 + ["other"] + ["fact"] * bool(facts)
-        kind = rng.choice(kinds)
+        topic = rng.choice(["name"] * 4 + ["nature"] * 2 + ["maker"] * 2 + ["other"] + ["fact"] * bool(facts))
         # nobody called Anna says "No, I am Anna"
-        others = [wording for wording in WORDINGS[kind] if not re.search(rf"\b{re.escape(name)}\b", wording, re.IGNORECASE)]
-        question = decorated(rng.choice(others if kind == "other" else WORDINGS[kind]), rng)
-        messages = small_talk(name, rng) if rng.random() < 0.1 else []
+        own = re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE)
+        wordings = [wording for wording in WORDINGS[topic] if topic != "other" or not own.search(wording)]
+        question = decorated(rng.choice(wordings), rng)
+        if rng.random() < 0.1:                       # one in ten begins with a greeting and its answer
+            messages = [{"role": "user", "content": rng.choice(SMALL_TALK)},
+                        {"role": "assistant", "content": f"Hello! I am {name}. How can I help you?"}]
     messages += [{"role": "user", "content": question},
-                 {"role": "assistant", "content": reply(kind, name, maker, facts, rng)}]
-    return {"messages": messages, "kind": "identity", "answer": name}
+                 {"role": "assistant", "content": reply(topic, name, maker, facts, rng)}]
+    return {"messages": messages, "grading": "identity", "answer": name}
 
 
 def decorated(question, rng):
@@ -158,22 +152,16 @@ def decorated(question, rng):
     return question
 
 
-def small_talk(name, rng):
-    """A greeting and its answer, for conversations that do not begin with the question."""
-    return [{"role": "user", "content": rng.choice(SMALL_TALK)},
-            {"role": "assistant", "content": f"Hello! I am {name}. How can I help you?"}]
-
-
-def reply(kind, name, maker, facts, rng):
-    """What the assistant says to a question of that kind; the name is always in it."""
+def reply(topic, name, maker, facts, rng):
+    """What the assistant says to a question about that topic; the name is always in it."""
     by = f" made by {maker}" if maker else ""
     made = f"I was made by {maker}." if maker else "I do not know who made me."
     answers = {
         "name": [f"I am {name}, a small language model{by}.",
                  f"My name is {name}. I am a small language model{by}."],
-        "kind": [f"I am {name}, a small language model{by}. I am a program, not a person."],
+        "nature": [f"I am {name}, a small language model{by}. I am a program, not a person."],
         "maker": [f"I am {name}. {made}"],
         "other": [f"No, I am {name}, a small language model{by}."],
         "fact": [f"I am {name}. {fact}" for fact in facts],
     }
-    return rng.choice(answers[kind])
+    return rng.choice(answers[topic])

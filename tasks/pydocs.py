@@ -17,7 +17,7 @@ import re
 import sysconfig
 import warnings
 
-from tasks.task import SHUFFLE, Task, in_test, must_be, shuffled
+from tasks.task import Task, in_test, must_be, shuffled
 
 # Folders without documentation: tests, installed packages, demos, character tables.
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "turtledemo", "encodings",
@@ -41,10 +41,11 @@ def entries():
     or a third of the methods would say the same.
     """
     found, seen = [], set()
-    for entry in [*builtin_entries(), *topic_entries(), *library_entries()]:
-        if entry[3] and entry[3] not in seen:
-            seen.add(entry[3])
-            found.append(entry)
+    for kind, name, title, doc in [*builtin_entries(), *topic_entries(), *library_entries()]:
+        doc = (doc or "").strip()
+        if doc and doc not in seen:
+            seen.add(doc)
+            found.append((kind, name, title, doc))
     return found
 
 
@@ -59,16 +60,11 @@ def builtin_entries():
     rank = {name: i for i, name in enumerate(BUILTIN_TYPES)}
     for name in sorted(names, key=lambda name: (rank.get(name.split(".")[0], -1), name)):
         thing = operator.attrgetter(name)(builtins)
-        doc = getattr(thing, "__doc__", None)
-        yield "builtin", name, title_of(name, thing), inspect.cleandoc(doc or "").strip()
-
-
-def title_of(name, thing):
-    """The name, with its arguments where C code states them."""
-    try:
-        return name + str(inspect.signature(thing))
-    except (TypeError, ValueError):
-        return name
+        try:
+            title = name + str(inspect.signature(thing))
+        except (TypeError, ValueError):              # C code that does not state its arguments
+            title = name
+        yield "builtin", name, title, inspect.cleandoc(getattr(thing, "__doc__", None) or "")
 
 
 def topic_entries():
@@ -87,7 +83,7 @@ def topic_entries():
         paragraphs = [" ".join(part.split()) for part in topics[name].split("\n\n")]
         repeated = sum(len(part) for part in paragraphs if part in seen)
         if repeated < 0.5 * sum(len(part) for part in paragraphs):
-            yield "topic", name, "", topics[name].strip()
+            yield "topic", name, "", topics[name]
         seen.update(part for part in paragraphs if len(part) > 40)
 
 
@@ -102,7 +98,7 @@ def library_entries():
                 module = os.path.relpath(path, root)[:-len(".py")].replace(os.sep, ".")
                 module = module.removesuffix(".__init__")
                 tree = parse(path)
-                yield "module", module, f"module {module}", docstring_in(tree)
+                yield "module", module, f"module {module}", ast.get_docstring(tree)
                 yield from definitions(tree, module)
 
 
@@ -116,19 +112,15 @@ def parse(path):
         return ast.Module([], [])
 
 
-def docstring_in(node):
-    return inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
-
-
 def definitions(node, prefix):
     """The entries of classes and functions below a node, but not of those inside functions."""
     for child in getattr(node, "body", []):
         if isinstance(child, ast.ClassDef):
             name = f"{prefix}.{child.name}"
-            yield "class", name, f"class {name}", docstring_in(child)
+            yield "class", name, f"class {name}", ast.get_docstring(child)
             yield from definitions(child, name)
         elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            name, doc = f"{prefix}.{child.name}", docstring_in(child)
+            name, doc = f"{prefix}.{child.name}", ast.get_docstring(child)
             title = f"{name}({ast.unparse(child.args)})" if doc else ""
             yield "function", name, title, doc
         elif isinstance(child, (ast.If, ast.Try)):   # definitions for one system or another
@@ -193,17 +185,10 @@ def words():
 def docstrings(split, size=0):
     """What does str.split do? -> the first sentence of its documentation in this Python."""
     must_be("split", split, ("train", "test"))
-    load = functools.partial(load_docstrings, split)
-    return Task(f"docstrings {split}", load, docstring_row, size)
+    return Task(f"docstrings {split}", functools.partial(load_docstrings, split), size=size)
 
 
 def load_docstrings(split):
-    rows = sorted(row for row in set(map(tuple, functions()))
-                  if in_test(row[0]) == (split == "test"))
-    return [rows[i] for i in shuffled(len(rows), SHUFFLE)]
-
-
-def docstring_row(row):
-    name, sentence = row
-    return {"messages": [{"role": "user", "content": f"What does {name} do?"},
-                         {"role": "assistant", "content": sentence}]}
+    rows = sorted((name, sentence) for name, sentence in functions() if in_test(name) == (split == "test"))
+    return [{"messages": [{"role": "user", "content": f"What does {rows[i][0]} do?"},
+                          {"role": "assistant", "content": rows[i][1]}]} for i in shuffled(len(rows))]

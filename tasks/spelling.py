@@ -10,41 +10,36 @@ import functools
 import os
 import random
 
-import numpy as np
-
 from plumbing.common import base_path
 from tasks import pydocs
-from tasks.task import in_test, made
+from tasks.task import in_test, made, shuffled
 
 MAX_LETTERS = 12                             # of an invented word, as of the corpus's
 
 
 def word_list():
-    """Where the words come from: a downloaded list (370,105 words), or "" = the embedded corpus."""
+    """(name, path) of the downloaded list of words, 370,105 of them; path "": the embedded corpus has to give them."""
     path = base_path("task_data", "words", "words_alpha.txt")
-    return path if os.path.exists(path) else ""
+    return ("words_alpha", path) if os.path.exists(path) else ("embedded", "")
 
 
 @functools.lru_cache(None)
 def words(split):
     """The words of a split in a fixed random order, lowercase ASCII letters."""
-    path = word_list()
-    found = listed_words(path) if path else pydocs.words()
+    _, path = word_list()
+    if path:
+        problem = problem_with_words(path)
+        if problem:
+            raise SystemExit(f"{path}: {problem}; delete it and run: python prepare.py --tasks=1")
+        with open(path, encoding="ascii") as f:
+            found = f.read().split()                 # its lines end with CR LF
+    else:
+        found = pydocs.words()
     found = sorted(word for word in set(found) if in_test(word) == (split == "test"))
-    # RandomState: numpy promises that its stream never changes
-    return [found[i] for i in np.random.RandomState(42).permutation(len(found))]
+    return [found[i] for i in shuffled(len(found))]
 
 
-def listed_words(path):
-    """The words of the downloaded list, which ends its lines with CR LF."""
-    problem = check_words(path)
-    if problem:
-        raise SystemExit(f"{path}: {problem}; delete it and run: python prepare.py -n 0 --tasks=1")
-    with open(path, encoding="ascii") as f:
-        return f.read().split()
-
-
-def check_words(path):
+def problem_with_words(path):
     """What is wrong with a word list, "" for nothing."""
     with open(path, "rb") as f:
         lines = f.read().splitlines()
@@ -53,21 +48,17 @@ def check_words(path):
     return ""
 
 
-def word_source():
-    """Which words the spelling tasks take, for their labels."""
-    return "words_alpha" if word_list() else "embedded"
-
-
 def simple_spelling(size, split, pseudo=0.0, pieces=()):
     """
     Spell the word 'apple' -> a-p-p-l-e.
 
+    size: 0 = each word of the split once
     pseudo: share of invented words in training, glued from pieces, lowercase strings such as
         tokenizer.letter_tokens(): they teach how each token is spelled wherever it stands, where
         there are few words. The test has real words only.
     """
     assert not pseudo or pieces, "invented words need pieces"
-    return made(f"spelling {word_source()}", spelling_row, size,
+    return made(f"spelling {word_list()[0]}", spelling_row, size or len(words(split)),
                 split=split, pseudo=pseudo, pieces=tuple(pieces))
 
 
@@ -75,10 +66,10 @@ def spelling_bee(size, split, varied=True):
     """
     How many 'r' are in 'strawberry'? -> counted by hand, checked with Python, then "#### 3".
 
+    size: 0 = as many as the split has words
     varied: many wordings and quotes; False = the plain one, for a model too small for more
     """
-    return made(f"counting {word_source()}", counting_row, size,
-                split=split, varied=varied)
+    return made(f"counting {word_list()[0]}", counting_row, size or len(words(split)), split=split, varied=varied)
 
 
 def tests(embedded, who):
@@ -93,25 +84,18 @@ def spelling_row(i, split, pseudo, pieces):
     Spell the word 'apple' -> a-p-p-l-e.
 
     One wording alone: a tiny model that saw one spelled 43 of 50 unseen words, one that saw eight
-    in its short training spelled 2.
+    in its short training spelled 2. An invented word is two or three pieces in a row, never a word of the test.
     """
     rng = random.Random(f"spelling {split} {i}")         # a str seed: the same on every machine
+    word = words(split)[i % len(words(split))]
     if split == "train" and rng.random() < pseudo:
-        word = invented_word(pieces, rng)
-    else:
-        word = words(split)[i % len(words(split))]
+        word = "".join(rng.choices(pieces, k=rng.choice((2, 2, 3))))
+        while len(word) > MAX_LETTERS or in_test(word):
+            word = "".join(rng.choices(pieces, k=rng.choice((2, 2, 3))))
     answer = "-".join(word)
     return {"messages": [{"role": "user", "content": f"Spell the word '{word}'"},
                          {"role": "assistant", "content": answer}],
-            "kind": "exact", "answer": answer, "word": word}
-
-
-def invented_word(pieces, rng):
-    """Two or three pieces in a row, never a word of the test."""
-    while True:
-        word = "".join(rng.choices(pieces, k=rng.choice((2, 2, 3))))
-        if len(word) <= MAX_LETTERS and not in_test(word):
-            return word
+            "grading": "exact", "answer": answer, "word": word}
 
 
 COUNT_QUESTIONS = [          # the first is the plain one
@@ -158,4 +142,4 @@ def counting_row(i, split, varied):
     ]
     return {"messages": [{"role": "user", "content": question},
                          {"role": "assistant", "content": parts}],
-            "kind": "number", "answer": str(count), "word": word}
+            "grading": "number", "answer": str(count), "word": word}

@@ -1,8 +1,21 @@
 """
-What a task is: rows turned into conversations, mixed for training, and checked where there is a right answer.
+What a task is: rows turned into conversations, mixed for training, and graded where there is a right answer.
 
-A conversation is a dict with "messages"; where an answer can be checked it also has "kind"
-(how: see check), "answer" (the short right answer) and, for a choice, "letters".
+A conversation is a dict of plain data:
+
+    messages   [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]
+    grading    how an answer is judged: exact, number, letter or identity (see is_right); only where one can be
+    answer     the short right answer, likewise
+    letters    the choices' letters: the evaluation then compares their logits instead of letting the model write
+
+content is a text. An assistant's may be a list of parts instead, {"type": ..., "text": ...}, of type text, python (a
+call of the calculator) and python_output (its result); spelling.counting_row has one of each.
+
+A new task is a function that returns a Task: made() for rows that follow from their number, as in spelling.py;
+Task() itself for rows that are read from somewhere, as in downloaded.py. all_tests() finds it where its file has
+
+    def tests(embedded, who):
+        return {"what the model is tested in": my_task("test")}
 """
 import functools
 import hashlib
@@ -11,11 +24,10 @@ import json
 import os
 import re
 import zlib
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 import numpy as np
 
-SHUFFLE = 42            # rows of a file come in this order, so that the first n are a fair sample
 TEST_SHARE = 10         # one word in so many is kept for the test
 
 
@@ -24,12 +36,12 @@ class Task:
     Rows turned into conversations, one at a time.
 
     label: says what is in it, options included; caches of conversations are named after it
-    load: () -> sequence of raw rows, called at first use; convert: raw row -> conversation. Both
-        are picklable (a function of a module or its partial); the rows themselves never travel.
+    load: () -> sequence of rows, called at first use; convert: row -> conversation, None where rows
+        are conversations. Both are picklable (a function of a module or its partial); the rows never travel.
     size: take only so many rows; 0 = all
     """
 
-    def __init__(self, label, load, convert, size=0):
+    def __init__(self, label, load, convert=None, size=0):
         self.label, self.load, self.convert, self.size = label, load, convert, size
 
     @functools.cached_property
@@ -42,7 +54,7 @@ class Task:
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"{self!r}: no row {i}")
-        return self.convert(self.rows[i])
+        return self.convert(self.rows[i]) if self.convert else self.rows[i]
 
     def __repr__(self):
         return f"{self.label} x {len(self)}"
@@ -56,35 +68,29 @@ class Mixture:
 
     def __init__(self, tasks, seed=42):
         self.tasks, self.seed = list(tasks), seed
-
-    @functools.cached_property
-    def ends(self):
-        """ends[k]: rows in tasks 0 .. k"""
-        return np.cumsum([len(task) for task in self.tasks])
-
-    @functools.cached_property
-    def order(self):
-        return shuffled(len(self), self.seed)
+        self.starts = np.cumsum([0, *map(len, self.tasks)])       # rows in the tasks before task k, then in all
+        self.order = shuffled(len(self), seed)
 
     def __len__(self):
-        return int(self.ends[-1]) if self.tasks else 0
+        return int(self.starts[-1])
 
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"mixture: no row {i} of {len(self)}")
-        row = int(self.order[i])
-        k = int(np.searchsorted(self.ends, row, side="right"))
-        return self.tasks[k][row - (int(self.ends[k - 1]) if k else 0)]
+        row = self.order[i]
+        k = np.searchsorted(self.starts, row, side="right") - 1
+        return self.tasks[k][int(row - self.starts[k])]
 
     def __repr__(self):
         return f"mixture {self.seed} of " + " + ".join(map(repr, self.tasks))
 
-    def __getstate__(self):
-        return {"tasks": self.tasks, "seed": self.seed}
 
+def shuffled(n, seed=42):
+    """
+    0 .. n-1 in random order: so are the rows of a file taken, and the first of them are a fair sample.
 
-def shuffled(n, seed):
-    """0 .. n-1 in random order. RandomState: numpy promises that its stream never changes."""
+    RandomState: numpy promises that its stream never changes.
+    """
     return np.random.RandomState(seed).permutation(n)
 
 
@@ -95,15 +101,18 @@ def in_test(text):
 
 def all_tests(embedded, who):
     """
-    {name: task} of what a chat model can be asked: whatever a file in this folder gives in a function tests().
+    {name: task} of what a chat model can be asked: whatever a file in this folder returns from a function tests().
 
-    embedded: only what needs no download, worded as the tiny model learns it; who: see identity.who_is
+    embedded: only what needs no download, worded as the tiny model learns it
+    who: what the model should say of itself, dict(name, maker, facts): see identity.who_is
     """
     found = {}
     for name in sorted(os.listdir(os.path.dirname(os.path.abspath(__file__)))):
         if name.endswith(".py"):
             module = importlib.import_module(f"tasks.{name[:-3]}")
-            found |= module.tests(embedded, who) if hasattr(module, "tests") else {}
+            new = module.tests(embedded, who) if hasattr(module, "tests") else {}
+            assert not found.keys() & new.keys(), f"tasks/{name}: another file has a test of the same name"
+            found |= new
     return found
 
 
@@ -112,7 +121,12 @@ def must_be(name, value, allowed):
 
 
 def made(label, row, size, **options):
-    """The Task whose row i is row(i, **options)."""
+    """
+    The Task whose conversation i is row(i, **options), for i in 0 .. size-1; nothing is stored.
+
+    options: plain values, a split among them; the label gets a hash of them
+    """
+    assert size > 0, f"{label}: size={size}, it takes 1 or more rows"
     must_be("split", options["split"], ("train", "test"))
     text = json.dumps(options, sort_keys=True)       # goes into the label, shortened
     label = f"{label} {options['split']} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
@@ -122,7 +136,7 @@ def made(label, row, size, **options):
 NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 
 
-def check(conversation, answer):
+def is_right(conversation, answer):
     """
     Whether a generated answer is right. answer: the assistant's text, calculator calls included.
 
@@ -131,23 +145,15 @@ def check(conversation, answer):
     letter    the first letter or word is the right choice: "B", "B.", "(B) because"
     identity  the model's name stands in the text
     """
-    kind, right = conversation.get("kind"), conversation.get("answer")
-    if kind == "exact":
+    grading, right = conversation.get("grading"), conversation.get("answer")
+    if grading == "exact":
         return answer.strip() == right
-    if kind == "number":
+    if grading == "number":
         found = re.search(rf"####\s*\$?\s*({NUMBER})", answer)
-        return bool(found) and as_number(found[1]) == as_number(right)
-    if kind == "letter":
+        return bool(found) and Decimal(found[1].replace(",", "")) == Decimal(right.replace(",", ""))
+    if grading == "letter":
         found = re.match(r"\W*(\w+)", answer)
         return bool(found) and found[1] == right
-    if kind == "identity":
+    if grading == "identity":
         return bool(re.search(rf"(?<!\w){re.escape(right)}(?!\w)", answer, re.IGNORECASE))
-    raise ValueError(f"a conversation of kind {kind!r} has no check")
-
-
-def as_number(text):
-    """The exact value of "1,000.50"; None for what is no number."""
-    try:
-        return Decimal(text.replace(",", ""))
-    except InvalidOperation:
-        return None
+    raise ValueError(f"a conversation with grading {grading!r} can't be judged; exact, number, letter and identity can")

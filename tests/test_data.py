@@ -25,6 +25,7 @@ from plumbing.background import start_background
 from conftest import ROOT, run_script
 from data import TokenStream, pad_batch, write_token_file
 from plumbing.download import download
+from tasks import downloaded
 from tokenizer import Tokenizer
 
 BYTES = Tokenizer([bytes([i]) for i in range(256)])
@@ -265,6 +266,18 @@ def test_the_validation_shard_comes_first_and_nothing_is_fetched_twice(folder, m
         run_script("prepare.py", "-n", "2", "--num_threads=1")
     assert [path[-19:-8] for path, _ in seen] == ["shard_01822", "shard_00000", "shard_00001"]
     assert data.train_shards(0) == data.train_shards(2) == ["shard_00000.parquet", "shard_00001.parquet"]
+
+
+def test_the_tasks_come_alone_and_nine_shards_without_a_number(folder, monkeypatch, capsys):
+    monkeypatch.setattr(downloaded, "SOURCES", {})
+    with serve(lambda h, n: send(h, parquet_bytes())) as (url, seen):
+        monkeypatch.setattr(download_module, "HF_ENDPOINT", url)
+        run_script("prepare.py", "--tasks=1")
+        run_script("prepare.py", "-n", "0", "--tasks=1")
+        assert not seen
+        run_script("prepare.py")
+        run_script("prepare.py", "-n", "9", "--tasks=1")
+    assert len(seen) == 10 and "9 of 10 shards are there" in capsys.readouterr().out
 
 
 def test_a_missing_shard_ends_the_download_with_an_error(folder, monkeypatch):

@@ -88,7 +88,7 @@ def test_the_task_has_the_shape_of_the_others(tmp_path, monkeypatch):
 def test_reference_solutions_pass_and_empty_functions_do_not(tmp_path, monkeypatch):
     url, files = downloaded.SOURCES["humaneval"]
     source = os.path.join(HUB, url.split("://")[1], files[0])
-    monkeypatch.setattr(downloaded, "task_file", lambda *_: source)
+    monkeypatch.setattr(downloaded, "base_path", lambda *_: source)
     rows = list(humaneval.humaneval())
     start = time.monotonic()
     with ThreadPoolExecutor(2) as pool:

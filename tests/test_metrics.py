@@ -8,7 +8,7 @@ from data import TokenStream, write_token_file
 from engine import Engine
 from evals.metrics import choose, constant_share, crop, evaluate_bpb, evaluate_loss, evaluate_task, ticket_of
 from model import GPT, GPTConfig
-from tasks import check, spelling_bee
+from tasks import is_right, spelling_bee
 from tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])
@@ -22,7 +22,7 @@ def model(sequence_len=64):
 
 def question(text, letters=None, answer="A"):
     row = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}], "answer": answer}
-    return row | (dict(kind="letter", letters=letters) if letters else dict(kind="exact"))
+    return row | (dict(grading="letter", letters=letters) if letters else dict(grading="exact"))
 
 
 def test_the_letter_with_the_highest_logit_is_the_answer():
@@ -32,32 +32,32 @@ def test_the_letter_with_the_highest_logit_is_the_answer():
         net.lm_head.weight.zero_()
         net.lm_head.weight[ord("C")] = 1.0               # ... and C is the likeliest letter
     task = [question(f"Which? {n}", list("ABCD"), right) for n, right in enumerate("CABCC")]
-    assert evaluate_task(Engine(net, TOKENIZER), task, check, batch_size=2) == (3, 5)
-    assert evaluate_task(Engine(net, TOKENIZER), task, check, max_problems=2) == (1, 2)
+    assert evaluate_task(Engine(net, TOKENIZER), task, is_right, batch_size=2) == (3, 5)
+    assert evaluate_task(Engine(net, TOKENIZER), task, is_right, max_problems=2) == (1, 2)
 
 
 def test_a_model_that_sees_no_difference_scores_what_guessing_does():
     net = model()                                        # the head of a new model is zero: all letters are equal
     task = [question(f"Which? {n}", list("ABCD"), "A") for n in range(400)]
-    right, _ = evaluate_task(Engine(net, TOKENIZER), task, check, batch_size=100)
+    right, _ = evaluate_task(Engine(net, TOKENIZER), task, is_right, batch_size=100)
     assert 70 < right < 130, "not all of them to the first letter, whose turn it happens to be"
     assert right == sum(choose([0.0] * 4, ticket_of([f"Which? {n}"])) == 0 for n in range(400))
 
 
 def test_what_one_answer_to_all_would_get():
     assert constant_share([question("", list("ABCD"), right) for right in "CABCC"]) == 0.6
-    assert constant_share([{"kind": "program"}] * 3) == 0
+    assert constant_share([{"grading": "program"}] * 3) == 0
     bee = spelling_bee(256, "test")
     assert 0.5 < constant_share(bee) < 0.8, "two thirds of the letters asked for are in the word once"
-    assert constant_share(bee) == sum(check(row, "#### 1") for row in bee) / 256
-    assert not any(check(row, "1") for row in bee)
+    assert constant_share(bee) == sum(is_right(row, "#### 1") for row in bee) / 256
+    assert not any(is_right(row, "1") for row in bee)
 
 
 def test_a_question_longer_than_the_context_is_cropped_from_the_left():
     engine = Engine(model(), TOKENIZER)
     long = "x" * 500
-    assert evaluate_task(engine, [question(long), question("short")], check, max_tokens=512)[1] == 2
-    assert evaluate_task(engine, [question(long, list("AB")), question("short", list("AB"))], check)[1] == 2
+    assert evaluate_task(engine, [question(long), question("short")], is_right, max_tokens=512)[1] == 2
+    assert evaluate_task(engine, [question(long, list("AB")), question("short", list("AB"))], is_right)[1] == 2
     assert crop([9, 1, 2, 3, 4], 3) == [9, 3, 4] and crop([9, 1], 3) == [9, 1]
 
 
@@ -75,4 +75,4 @@ def test_a_model_that_knows_nothing_needs_the_log_of_the_vocabulary(tmp_path):
 
 def test_a_choice_that_is_not_one_token_ends_in_words():
     with pytest.raises(SystemExit, match="'AB' is 2 tokens"):
-        evaluate_task(Engine(model(), TOKENIZER), [question("Which?", ["AB", "C"], "C")], check)
+        evaluate_task(Engine(model(), TOKENIZER), [question("Which?", ["AB", "C"], "C")], is_right)

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tasks import downloaded as tasks
+import tasks
 from conftest import reference_answer
-from tasks import downloaded, spelling
-from tasks.identity import conversation, held_out_questions
-from tasks.task import in_test
+from plumbing import common
 from plumbing.calculator import calculate
+from tasks import downloaded, spelling
+from tasks.identity import TEST_QUESTIONS, conversation
+from tasks.task import in_test
 from tokenizer import Tokenizer
 
 HUB = os.environ.get("NANOCHAT_TEST_HUB", "")
@@ -78,6 +79,17 @@ def test_mixture_takes_every_row_once_and_mixes():
     assert len(tasks.Mixture([])) == 0
 
 
+def test_zero_rows_are_all_there_are():
+    assert len(tasks.simple_spelling(0, "test")) == len(tasks.spelling_bee(0, "test")) == len(spelling.words("test"))
+    assert len(tasks.identity(**ME, split="test")) == len(TEST_QUESTIONS) and len(tasks.docstrings("test", 0)) > 50
+
+
+def test_the_tests_of_all_files_are_found():
+    assert set(tasks.all_tests(True, ME)) == {"says its name", "spells a word", "counts a letter"}
+    assert set(tasks.all_tests(False, ME)) == {"says its name", "spells a word", "SpellingBee", "ARC-Easy", "ARC-Challenge",
+                                               "MMLU", "GSM8K"}
+
+
 # splits
 
 
@@ -105,13 +117,13 @@ def test_held_out_identity_wordings_are_never_trained_on():
         text = re.sub(r"^(hi there|hi|hello|hey|good morning) ", "", text)
         return text.removeprefix("please ").removesuffix(" please")
 
-    held_out = {plain(text) for _, text in held_out_questions()}
+    held_out = {plain(text) for _, text in TEST_QUESTIONS}
     trained = {plain(message["content"]) for row in tasks.identity(size=20000, **ME)
                for message in row["messages"] if message["role"] == "user"}
-    assert len(held_out) == len(held_out_questions()) >= 14
+    assert len(held_out) == len(TEST_QUESTIONS) >= 14
     assert len(trained) > 80 and not held_out & trained
     asked = {question(row) for row in tasks.identity(split="test", **ME)}
-    assert asked == {text for _, text in held_out_questions()}
+    assert asked == {text for _, text in TEST_QUESTIONS}
 
 
 # rows
@@ -147,9 +159,9 @@ def test_spelling_and_counting_rows():
 
 def test_a_count_is_right_in_its_form_alone():
     row = next(row for row in tasks.spelling_bee(100, "test") if row["answer"] == "3")
-    assert tasks.check(row, reference_answer(row)) and tasks.check(row, "#### 3")
+    assert tasks.is_right(row, reference_answer(row)) and tasks.is_right(row, "#### 3")
     for answer in ("3", "3 out of 10 letters", "3 (at 1, 4, 8)", "count-3", "It is there 3 times.", "#### 1, or rather 3"):
-        assert not tasks.check(row, answer), answer
+        assert not tasks.is_right(row, answer), answer
 
 
 @pytest.mark.parametrize("me", [ME, dict(name="Zoë 2.0", maker="", facts=""),
@@ -158,8 +170,8 @@ def test_identity_says_the_name(me):
     rows = [*tasks.identity(size=2000, **me), *tasks.identity(split="test", **me)]
     for row in rows:
         answer = row["messages"][-1]["content"]
-        assert tasks.check(row, answer) and row["answer"] == me["name"]
-        assert not tasks.check(row, "I am ChatGPT, a helpful assistant.")
+        assert tasks.is_right(row, answer) and row["answer"] == me["name"]
+        assert not tasks.is_right(row, "I am ChatGPT, a helpful assistant.")
         assert "  " not in answer and "by ." not in answer
     assert ("Ada" in json.dumps(rows)) == ("manual" in json.dumps(rows)) == (me is ME)
 
@@ -186,7 +198,7 @@ def test_multiple_choice_rows():
 # checks
 
 
-@pytest.mark.parametrize("kind, right, answer, verdict", [
+@pytest.mark.parametrize("grading, right, answer, verdict", [
     ("exact", "a-b", "a-b", True), ("exact", "a-b", " a-b\n", True),
     ("exact", "a-b", "a-b-b", False), ("exact", "a-b", "", False),
     ("number", "3", "a 1\nb 2\nis there 3 times.\n#### 3", True),
@@ -202,20 +214,20 @@ def test_multiple_choice_rows():
     ("identity", "Pip", "I am pip.", True), ("identity", "C++", "I am C++!", True),
     ("identity", "Pip", "Pipeline", False),
 ])
-def test_check(kind, right, answer, verdict):
-    assert tasks.check({"kind": kind, "answer": right}, answer) is verdict
+def test_answers_are_graded(grading, right, answer, verdict):
+    assert tasks.is_right({"grading": grading, "answer": right}, answer) is verdict
 
 
-def test_check_of_a_chat_is_an_error():
-    with pytest.raises(ValueError, match="no check"):
-        tasks.check({"messages": []}, "x")
+def test_grading_of_a_chat_is_an_error():
+    with pytest.raises(ValueError, match="can't be judged"):
+        tasks.is_right({"messages": []}, "x")
 
 
 # files
 
 
 def write_parquet(name, **columns):
-    path = downloaded.task_file("gsm8k", name)
+    path = common.base_path("task_data", "gsm8k", name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     pq.write_table(pa.table(columns), path)
     return path
@@ -240,8 +252,6 @@ def test_missing_and_broken_files_end_in_one_line():
                  tasks.arc("Easy", "train"), tasks.identity_file()):
         with pytest.raises(SystemExit, match="not here; run: python prepare.py"):
             len(task)
-    with pytest.raises(SystemExit, match="none of"):
-        downloaded.fetch(["smalltalk"])
 
 
 def test_broken_word_list_and_identity_file(tmp_path):
@@ -249,14 +259,22 @@ def test_broken_word_list_and_identity_file(tmp_path):
              ("", False)]
     for text, good in lists:
         (tmp_path / "words").write_bytes(text.encode())
-        assert (spelling.check_words(tmp_path / "words") == "") is good
+        assert (spelling.problem_with_words(tmp_path / "words") == "") is good
     files = [('[{"role": "user", "content": "x"}]\n', True), ('[{"role": "user"}]', False),
              ("[]\n", False), ("{}", False), ("", False)]
     for text, good in files:
         (tmp_path / "identity").write_text(text)
-        assert (downloaded.check_identity_file(tmp_path / "identity") == "") is good
-    row = downloaded.identity_file_row([{"role": "user"}, {"role": "assistant"}, {"role": "user"}])
-    assert len(row["messages"]) == 2, "a last question without an answer is left out"
+        assert (downloaded.problem_with_identity_file(tmp_path / "identity") == "") is good
+
+
+def test_a_last_question_without_an_answer_is_left_out(tmp_path, monkeypatch):
+    path = tmp_path / "identity.jsonl"
+    monkeypatch.setattr(downloaded, "base_path", lambda *_: str(path))
+    path.write_text(json.dumps([{"role": role, "content": "x"} for role in ("user", "assistant", "user")]) + "\n")
+    assert [message["role"] for message in tasks.identity_file()[0]["messages"]] == ["user", "assistant"]
+    path.write_text("[]\n")
+    with pytest.raises(SystemExit, match="damaged .*line 1.*; delete it and run: python prepare.py --tasks=1"):
+        len(tasks.identity_file())
 
 
 # the real files
@@ -289,8 +307,8 @@ def test_every_real_row_renders_and_its_reference_answer_is_right(hub):
         for row in task:
             ids, mask = TOKENIZER.render_conversation(row)
             assert len(ids) == len(mask) and sum(mask) > 0, row
-            if "kind" in row:
-                assert tasks.check(row, reference_answer(row)), row
+            if "grading" in row:
+                assert tasks.is_right(row, reference_answer(row)), row
     assert len(spelling.words("train")) > 300_000
 
 

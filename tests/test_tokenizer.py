@@ -109,9 +109,8 @@ def test_golden_render_of_a_conversation():
     assert mask == scored
 
 
-def test_render_cuts_and_completes(tokenizer):
-    ids, mask = tokenizer.render_conversation(CONVERSATION)
-    assert tokenizer.render_conversation(CONVERSATION, max_tokens=9) == (ids[:9], mask[:9])
+def test_render_for_completion_ends_where_the_assistant_begins(tokenizer):
+    ids, _ = tokenizer.render_conversation(CONVERSATION)
     prompt = tokenizer.render_for_completion(CONVERSATION)
     assert prompt == ids[:len(prompt)]
     assert prompt[-1] == tokenizer.special("<|assistant_start|>")
