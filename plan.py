@@ -95,5 +95,5 @@ if speed:
     print(f"  time    on {where}: base {duration(seconds['base'])}, mid {duration(seconds['mid'])}, fine-tuning "
           f"{duration(seconds['sft'])}, without downloads and tests")
 else:
-    print(f"  time    unknown: there is no entry for {name} in budget.py" if name else
+    print(f"  time    unknown: there is no entry for {name} in plumbing/budget.py" if name else
           "  time    pretraining begins with timing a step and says what it will take; after set-up PLAN=1 does that, too")
