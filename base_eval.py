@@ -16,14 +16,13 @@ import time
 
 import torch
 
-from plumbing import machine as runtime
-from plumbing.background import start_background
 from plumbing.budget import eval_rows
 from checkpoint import find_checkpoint, load_model, sha_of
 from plumbing.common import RANK, atomic_write, base_path, duration, print0
 from plumbing.configurator import configure
+from plumbing.machine import finish, memory_advice, start
 from evals.core import evaluate_core, fetch_bundle, gpt2_scores
-from data import VAL_SHARD, TokenStream, make_token_files, shard_path, token_path
+from data import VAL_SHARD, shard_path, text_streams
 from engine import Engine, printable
 from evals.metrics import continue_prompts, evaluate_bpb
 from evals.saved import read_results, write_results
@@ -48,7 +47,7 @@ if min(core_max_per_task, eval_tokens, device_batch_size) < 0:
     raise SystemExit("core_max_per_task, eval_tokens and device_batch_size must be 0 or more")
 
 folder, meta = find_checkpoint("base", model_tag, step)
-machine = runtime.start(device, dtype, meta)
+machine = start(device, dtype, meta)
 model, tokenizer = load_model(folder, meta, machine)
 path = os.path.join(folder, "eval.json")
 
@@ -59,7 +58,7 @@ if resume:
     parts = [part for part in parts if results["settings"].get(part) != SETTINGS[part]]
     if not parts:
         print0(f"base_eval: finished already, see {path}")
-        runtime.finish()
+        finish()
         raise SystemExit(0)
 
 
@@ -80,16 +79,14 @@ if "bpb" in parts:
     T, B = model.config.sequence_len, device_batch_size or meta["device_batch_size"]
     _, num_rows = eval_rows(T, meta["rows"] * T, meta["num_iterations"], 0, 0, eval_tokens)
     # the first shard is enough of what it was trained on: 52 million tokens
-    shards = dict(val=shard_path(VAL_SHARD), train=base_path("base_data", meta["shards"][0]))
-    for shard in shards.values():
+    for shard in (shard_path(VAL_SHARD), base_path("base_data", meta["shards"][0])):
         if not os.path.exists(shard):
             raise SystemExit(f"{shard}: not here; fetch it with python prepare.py -n 1")
-    background = start_background(make_token_files, list(shards.values()), tokenizer)
+    train, val = text_streams(meta["shards"][:1], tokenizer)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).long().to(machine.device)
     bpb = {}
-    with runtime.memory_advice(B, B):
-        for split, shard in shards.items():
-            stream = TokenStream([token_path(shard, tokenizer)], background)
+    with memory_advice(B, meta["rows"]):
+        for split, stream in (("val", val), ("train", train)):
             bpb[f"{split}_bpb"] = evaluate_bpb(model, stream, token_bytes, num_rows, B, T, machine.device)
             print0(f"{split} bpb {bpb[f'{split}_bpb']:.4f}")
     keep("bpb", time.perf_counter() - clock, **bpb)
@@ -130,4 +127,4 @@ if "core" in parts:
     keep("core", seconds, core=core, tasks=scores, gpt2_core={size: row["CORE"] for size, row in gpt2.items()})
 
 print0(f"base_eval: written to {path}")
-runtime.finish()
+finish()

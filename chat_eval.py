@@ -11,10 +11,10 @@ import os
 import time
 
 from evals import humaneval, sandbox
-from plumbing import machine as runtime
 from checkpoint import find_checkpoint, load_model, sha_of
 from plumbing.common import duration, print0, standard_error
 from plumbing.configurator import configure
+from plumbing.machine import finish, start
 from engine import Engine
 from evals.metrics import GUESSING, centered, constant_share, evaluate_task
 from evals.saved import read_results, write_results
@@ -49,7 +49,7 @@ def chatcore(results, names):
 
 
 folder, meta = find_checkpoint(source, model_tag, step)
-machine = runtime.start(device, dtype, meta)
+machine = start(device, dtype, meta)
 model, tokenizer = load_model(folder, meta, machine)
 engine = Engine(model, tokenizer)
 path = os.path.join(folder, "chat_eval.json")
@@ -94,4 +94,4 @@ if results.get("chatcore") is not None:
     print0(f"ChatCORE {results['chatcore']:.4f}, over the five tasks of the original's table "
            f"{results['chatcore5']:.4f}")
 print0(f"chat_eval: {folder}, results in {path}")
-runtime.finish()
+finish()

@@ -55,12 +55,12 @@ def gpu():
 def cpu_speed(model, rows):
     """FLOP/s of this machine's cores in training, timed for some seconds; 0.0 where torch is not installed yet."""
     try:
-        from plumbing import machine as runtime
         from model import GPT, GPTConfig
+        from plumbing.machine import time_numerics
     except ImportError:
         return 0.0
     print("timing a training step ...", flush=True)
-    return flops_per_token(**model) / runtime.time_numerics(GPT(GPTConfig(**model)), rows)["seconds_per_token"]
+    return flops_per_token(**model) / time_numerics(GPT(GPTConfig(**model)), rows)["seconds_per_token"]
 
 
 if wrong := misspelt(given.split(), known.split()):

@@ -4,7 +4,7 @@ Laws of the machine's choices: what is timed on a CPU, and how large it may be.
 import pytest
 import torch
 
-from plumbing import machine as runtime
+from plumbing import machine
 from model import GPT, GPTConfig
 
 
@@ -20,17 +20,17 @@ def same_threads_after():
 
 @pytest.mark.parametrize("flops, tokens", [(1e11, 8 * 64), (2.5e7, 64)])
 def test_a_step_is_timed_in_every_way_and_a_large_model_on_few_tokens(monkeypatch, flops, tokens):
-    monkeypatch.setattr(runtime, "TIMED_FLOPS", flops)
-    timed = runtime.time_numerics(GPT(CONFIG), 16)
+    monkeypatch.setattr(machine, "TIMED_FLOPS", flops)
+    timed = machine.time_numerics(GPT(CONFIG), 16)
     assert timed["tokens"] == tokens
     assert {key.split()[0] for key in timed["milliseconds"]} == {"float32", "bfloat16"}
-    assert timed["dtype"] in runtime.DTYPES and timed["threads"] >= 1 and timed["seconds_per_token"] > 0
+    assert timed["dtype"] in machine.DTYPES and timed["threads"] >= 1 and timed["seconds_per_token"] > 0
 
 
 def test_the_timing_is_announced_and_kept(tmp_path, capsys):
-    machine = runtime.start("cpu")
-    first = runtime.choose_numerics(machine, "", None, tmp_path, lambda: GPT(CONFIG), 8)
+    cpu = machine.start("cpu")
+    first = machine.choose_numerics(cpu, "", None, tmp_path, lambda: GPT(CONFIG), 8)
     assert "timing" in capsys.readouterr().out and first > 0
-    assert runtime.choose_numerics(machine, "", None, tmp_path, lambda: GPT(CONFIG), 8) == first
+    assert machine.choose_numerics(cpu, "", None, tmp_path, lambda: GPT(CONFIG), 8) == first
     assert "timing" not in capsys.readouterr().out
-    assert runtime.choose_numerics(machine, "float32", None, tmp_path / "other", lambda: GPT(CONFIG), 8) == 0.0
+    assert machine.choose_numerics(cpu, "float32", None, tmp_path / "other", lambda: GPT(CONFIG), 8) == 0.0
