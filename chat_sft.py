@@ -4,7 +4,7 @@ Supervised fine-tuning: the model learns to answer, from a small mixture of good
 One conversation per row, filled up to the longest of its micro-batch; only what the assistant
 says is scored.
 
-reads   mid_checkpoints/<model_tag>/, tokenizer/, task_data/ (through tasks.py)
+reads   mid_checkpoints/<model_tag>/, tokenizer/, task_data/ (from tasks/)
 writes  chatsft_checkpoints/<model_tag>/{model,optim,meta}_NNNNNN.*, log.jsonl
 run     python chat_sft.py
         python chat_sft.py config/tiny_sft.py --resume=1

@@ -4,7 +4,7 @@ Midtrain the base model: the chat format, tool use and many small tasks, at full
 The loop is base_train's; what differs is the data, a mixture of conversations in which only what
 the assistant says is scored, and that the weights come from the base model.
 
-reads   base_checkpoints/<model_tag>/, tokenizer/, task_data/ (through tasks.py)
+reads   base_checkpoints/<model_tag>/, tokenizer/, task_data/ (from tasks/)
 writes  mid_checkpoints/<model_tag>/{model,optim,meta}_NNNNNN.*, log.jsonl
 run     python mid_train.py
         python mid_train.py config/tiny_mid.py --resume=1
