@@ -16,16 +16,16 @@ import time
 
 import torch
 
-from plumbing.budget import eval_rows
 from checkpoint import find_checkpoint, load_model, sha_of
+from data import VAL_SHARD, shard_path, text_streams
+from engine import Engine, printable
+from evals.core import evaluate_core, fetch_bundle, gpt2_scores
+from evals.metrics import continue_prompts, evaluate_bpb
+from evals.saved import read_results, write_results
+from plumbing.budget import eval_rows
 from plumbing.common import RANK, atomic_write, base_path, duration, print0
 from plumbing.configurator import configure
 from plumbing.machine import finish, memory_advice, start
-from evals.core import evaluate_core, fetch_bundle, gpt2_scores
-from data import VAL_SHARD, shard_path, text_streams
-from engine import Engine, printable
-from evals.metrics import continue_prompts, evaluate_bpb
-from evals.saved import read_results, write_results
 
 tasks = "bpb,samples,core"     # -a: what to evaluate
 model_tag = ""                 # which model, like d12; "" = the only one there is

@@ -15,9 +15,9 @@ import random
 import sys
 
 from checkpoint import FOLDERS, find_checkpoint, load_model, tags_of
+from engine import Engine, TextStream, printable
 from plumbing.common import base_path
 from plumbing.configurator import configure
-from engine import Engine, TextStream, printable
 from plumbing.machine import start
 
 prompt = ""                    # -p: ask this, print the answer and end; "" = a conversation

@@ -10,14 +10,14 @@ from plumbing import packages  # noqa: F401, I001: first, so that it can say wha
 import os
 import time
 
-from evals import humaneval, sandbox
 from checkpoint import find_checkpoint, load_model, sha_of
+from engine import Engine
+from evals import humaneval, sandbox
+from evals.metrics import GUESSING, centered, constant_share, evaluate_task
+from evals.saved import read_results, write_results
 from plumbing.common import duration, print0, standard_error
 from plumbing.configurator import configure
 from plumbing.machine import finish, start
-from engine import Engine
-from evals.metrics import GUESSING, centered, constant_share, evaluate_task
-from evals.saved import read_results, write_results
 from tasks import all_tests, is_right, who_is
 
 source = "sft"                 # -i: whose model: base, mid or sft

@@ -23,8 +23,8 @@ from plumbing import budget
 from plumbing.common import Log, Progress, due, duration, print0
 from plumbing.configurator import configure
 from plumbing.machine import finish, memory_advice, reduce_and_clip, start, sum_over_ranks, to_device
-from tasks import (Mixture, all_tests, arc, docstrings, gsm8k, identity, identity_file, is_right, simple_spelling, smoltalk,
-                   spelling_bee, who_is)
+from tasks import (Mixture, all_tests, arc, docstrings, gsm8k, identity, identity_file, is_right, simple_spelling,
+                   smoltalk, spelling_bee, who_is)
 
 # where from
 source = "mid"                 # -i: the stage whose model is tuned, mid or base

@@ -16,9 +16,9 @@ import sys
 
 import torch
 
+from model import GPT, GPTConfig
 from plumbing.budget import KEEP
 from plumbing.common import RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, print0
-from model import GPT, GPTConfig
 from plumbing.machine import barrier
 from tokenizer import load_tokenizer
 

@@ -6,9 +6,9 @@ run     python plan.py --depth=12 --num_iterations=500
 import difflib
 import subprocess
 
-from plumbing.budget import (CPU_BYTES, SHARD_BYTES, SHARD_TOKENS, KEEP, checkpoint_bytes, flops_per_token,
-                             micro_batches, model_shape, num_params, peak_flops, row_bytes, rows_per_step,
-                             state_bytes, usable_bytes)
+from plumbing.budget import (CPU_BYTES, KEEP, SHARD_BYTES, SHARD_TOKENS, checkpoint_bytes, flops_per_token,
+                             micro_batches, model_shape, num_params, peak_flops, row_bytes, rows_per_step, state_bytes,
+                             usable_bytes)
 from plumbing.common import base_path, duration
 from plumbing.configurator import configure
 

@@ -20,7 +20,7 @@ from data import VAL_SHARD, is_embedded, shard_path, write_shard
 from plumbing.budget import SHARD_BYTES
 from plumbing.common import base_path
 from plumbing.configurator import configure
-from plumbing.download import HUB, problem_with_parquet, download
+from plumbing.download import HUB, download, problem_with_parquet
 from tasks.downloaded import fetch
 from tasks.pydocs import documents, is_validation
 

@@ -19,13 +19,13 @@ import subprocess
 from urllib.parse import quote
 
 from checkpoint import FOLDERS, SCRIPTS, is_finished
-from plumbing.common import atomic_write, base_path, duration, standard_error
-from plumbing.configurator import configure
-from evals.curves import at_end, draw, series
 from engine import printable
+from evals.curves import at_end, draw, series
 from evals.metrics import GUESSING, centered
 from evals.results import TITLES, answers, chain_remarks, find_tag, read_run, seconds_of, validation
 from evals.saved import read_json
+from plumbing.common import atomic_write, base_path, duration, standard_error
+from plumbing.configurator import configure
 
 model_tag = ""                 # which model; "" = the only one there is
 copy_to = "report.md"          # a copy beside the scripts, report_TAG.md where that is another model's; "" = none

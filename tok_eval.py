@@ -18,10 +18,10 @@ import time
 import tiktoken
 from tiktoken_ext import openai_public
 
-from plumbing.common import base_path
-from plumbing.configurator import configure
 from data import VAL_SHARD, read_texts, shard_path
 from evals.saved import read_results, write_results
+from plumbing.common import base_path
+from plumbing.configurator import configure
 from tokenizer import load_tokenizer
 
 references = "gpt2,cl100k_base"  # tiktoken's names of the vocabularies to compare with; "" = none

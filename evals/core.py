@@ -27,10 +27,10 @@ from typing import NamedTuple
 
 import torch
 
-from plumbing.common import RANK, WORLD_SIZE, base_path
-from plumbing.download import download, locked
 from engine import KVCache
 from evals.metrics import centered, choose, ticket_of
+from plumbing.common import RANK, WORLD_SIZE, base_path
+from plumbing.download import download, locked
 from plumbing.machine import barrier, sum_over_ranks
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"

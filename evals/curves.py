@@ -59,7 +59,7 @@ def draw(stages, path):
     returns  "" where there is a picture, else why there is none
     """
     try:
-        from matplotlib.figure import Figure                # no pyplot: needs no display, keeps no state
+        from matplotlib.figure import Figure  # no pyplot: needs no display, keeps no state
     except ImportError:
         return "matplotlib is not installed (pip install matplotlib)"
     stages = [(title, log, color) for (title, log), color in zip(stages, COLORS) if series(log, "loss")[0]]

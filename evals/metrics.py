@@ -10,8 +10,8 @@ from collections import Counter
 
 import torch
 
-from plumbing.common import RANK, WORLD_SIZE
 from engine import Engine, printable, text_of
+from plumbing.common import RANK, WORLD_SIZE
 from plumbing.machine import sum_over_ranks, to_device
 
 # what a base model is asked to go on with: facts, a riddle, a list, an opinion, some algebra

@@ -7,9 +7,9 @@ out     read_stage: all of it as one dict, and remarks about what is damaged or 
 import os
 
 from checkpoint import FOLDERS, path_of, sha_of, sources, stage_folder, steps_in, tags_of
-from plumbing.common import base_path, read_log
 from evals.curves import series
 from evals.saved import read_json
+from plumbing.common import base_path, read_log
 
 TITLES = dict(base="Pretraining", mid="Mid-training", sft="Fine-tuning")
 

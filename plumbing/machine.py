@@ -41,7 +41,7 @@ class Machine:
         """Most bytes held so far: of GPU memory, or of this process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        import resource                                          # kilobytes, on macOS bytes
+        import resource  # kilobytes, on macOS bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def free_memory(self):

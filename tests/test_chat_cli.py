@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 
-from plumbing import common
 from checkpoint import FOLDERS, save_checkpoint
 from conftest import ROOT
 from engine import Engine
 from model import GPT, GPTConfig
+from plumbing import common
 from tokenizer import Tokenizer
 
 SCRIPT = os.path.join(ROOT, "chat_cli.py")

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from plumbing.configurator import configure
 from conftest import ROOT
+from plumbing.configurator import configure
 
 
 def run(tmp_path, *argv, **files):

@@ -23,12 +23,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evals import core
-from plumbing import download as download_module
 from conftest import ROOT
+from evals import core
 from evals.core import LM, MC, SCHEMA, TASKS, CoreTask
 from evals.metrics import TIE, choose, ticket_of
 from model import GPT, GPTConfig
+from plumbing import download as download_module
 from tokenizer import Tokenizer
 
 HUB = os.environ.get("NANOCHAT_TEST_HUB", "")

@@ -4,8 +4,8 @@ import hashlib
 import http.server
 import io
 import os
-import signal
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,13 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from plumbing import background
-from plumbing import common
 import data
-from plumbing import download as download_module
-from plumbing.background import start_background
 from conftest import ROOT, run_script
 from data import TokenStream, pad_batch, write_token_file
+from plumbing import background, common
+from plumbing import download as download_module
+from plumbing.background import start_background
 from plumbing.download import download
 from tasks import downloaded
 from tokenizer import Tokenizer

@@ -8,9 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from evals import humaneval
-from evals import sandbox
 from conftest import reference_answer
+from evals import humaneval, sandbox
 from tasks import downloaded
 
 HUB = os.environ.get("NANOCHAT_TEST_HUB", "")

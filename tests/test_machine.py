@@ -4,9 +4,8 @@ Laws of the machine's choices: what is timed on a CPU, and how large it may be.
 import pytest
 import torch
 
-from plumbing import machine
 from model import GPT, GPTConfig
-
+from plumbing import machine
 
 CONFIG = GPTConfig(sequence_len=64, vocab_size=270, n_layer=1, n_head=2, n_kv_head=2, n_embd=64)
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from plumbing.budget import flops_per_token, model_shape, num_params
 from model import GPT, LOGIT_CAP, CappedCrossEntropy, GPTConfig
+from plumbing.budget import flops_per_token, model_shape, num_params
 
 
 def small(depth=2, vocab_size=97, head_dim=32, n_kv_head=0, seed=0, trained=True):

@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from plumbing.budget import model_shape
 from model import GPT, GPTConfig
 from muon import Muon, build_optimizers, lr_multiplier, orthogonalize, set_schedule
+from plumbing.budget import model_shape
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 64, 16), (2, 16, 64)])

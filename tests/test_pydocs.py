@@ -7,11 +7,10 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from plumbing import common
 import data
 from conftest import ROOT, run_script
+from plumbing import common
 from tasks import pydocs
-
 
 
 def test_the_corpus_is_the_same_every_time():

@@ -14,9 +14,9 @@ import sys
 
 import pytest
 
-from plumbing import common
-from evals import curves
 from conftest import ROOT
+from evals import curves
+from plumbing import common
 
 STAGES = dict(base="base_checkpoints", mid="mid_checkpoints", sft="chatsft_checkpoints")
 

@@ -17,11 +17,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-
-from evals import jail
-from evals import sandbox
-from conftest import ROOT
 from sandbox_probes import BENIGN, ESCAPES, PROBES, program
+
+from conftest import ROOT
+from evals import jail, sandbox
 
 PROBLEM = sandbox.problem_with_layers()
 needs_layers = pytest.mark.skipif(bool(PROBLEM), reason=PROBLEM)

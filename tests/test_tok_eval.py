@@ -14,9 +14,9 @@ import time
 import pytest
 from tiktoken_ext import openai_public
 
-from plumbing import common
 from conftest import ROOT
 from data import VAL_SHARD, shard_path, write_shard
+from plumbing import common
 from tokenizer import Tokenizer
 
 BYTES = [bytes([i]) for i in range(256)]

@@ -13,9 +13,9 @@ import sys
 import pytest
 import torch
 
+from conftest import ROOT
 from plumbing.budget import checkpoint_bytes
 from plumbing.common import read_log
-from conftest import ROOT
 
 SHAPE = ["--depth=1", "--head_dim=32", "--max_seq_len=128", "--total_batch_size=1024"]
 RUN = ["--dtype=float32", "--device=cpu", "--eval_every=10"]
