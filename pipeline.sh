@@ -1,4 +1,4 @@
-# The stages in order, for both drivers, which set CONFIG and the row of values and source this file.
+# The stages in order, for both drivers, which set CONFIG, define the table of values and source this file.
 # Each stage decides by itself whether it is finished, has to go on or begins; see checkpoint.py.
 [ -n "${CONFIG:-}" ] || { echo "pipeline.sh: it is a part of the drivers; run: bash run_realistic.sh" >&2; exit 1; }
 
@@ -67,10 +67,11 @@ else
 fi
 # the launcher of the training stages: torchrun only where there are several processes; what follows -- is not for it
 launch() { if [ "$NPROC" = 1 ]; then run python "$@"; else run python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" -- "$@"; fi; }
-# every command is shown as it can be typed (after: source .venv/bin/activate)
+# every command is shown as it can be typed
 run() { printf '$'; printf ' %q' "$@"; echo; "$@"; }
 # the same question after each stage: a base model goes on with it, mid-training teaches to answer
 ask() { run python chat_cli.py -i "$1" --model_tag="$2" --max_tokens=48 -p "Who are you?"; }
+printf '$ source .venv/bin/activate; export NANOCHAT_BASE_DIR=%q\n' "$NANOCHAT_BASE_DIR"
 # a headline per stage, and how long each one took, for the end
 times=("$(printf '%6d s  set-up' "$SECONDS")") name= begin=$SECONDS
 stage() {
