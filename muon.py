@@ -145,7 +145,8 @@ def lr_multiplier(step, num_iterations, warmup_ratio, warmdown_ratio, final_lr_f
 
 def set_schedule(optimizers, multiplier, step):
     """
-    Set the learning rates (lr_multiplier times what they were built with) and Muon's momentum (0.85 -> 0.95 over the first 300 steps) for this step.
+    For this step: the learning rates, the multiplier times what they were built with, and Muon's momentum, 0.85 -> 0.95
+    over the first 300 steps.
 
     returns dict(matrix_lr, embedding_lr, unembedding_lr), the rates as they are now
     """
