@@ -33,7 +33,7 @@ target_param_data_ratio = 20.0  # training tokens per parameter when num_iterati
 num_shards = 0                 # train on shards 0 ... n-1, waiting for those not there yet; 0 = all there are now
 # batch
 total_batch_size = 524288      # tokens per optimizer step, rounded to a multiple of 8 rows
-device_batch_size = 0          # B, rows per micro-batch; 0 = the largest that fits; never changes the training
+device_batch_size = 0          # B, rows per micro-batch; 0 = the largest that fits; changes the speed, not the training
 gradient_checkpointing = False  # 1 = activations are made again in the backward pass: less memory, slower
 # optimizer
 matrix_lr = 0.02               # Muon, the matrices
@@ -52,13 +52,13 @@ core_metric_every = 2000       # steps between evaluations of CORE (a download o
 core_metric_max_per_task = 500  # items of each task then; 0 = all
 save_every = 0                 # steps between checkpoints; 0 = only at the end
 resume = 0                     # 1 = continue from the newest checkpoint, if there is one
-seed = 42                      # of the first weights; nothing else in the run is random
+seed = 42                      # of the first weights; nothing else in the run is random: the data has its order
 # machine
 run = ""                       # name of the run in wandb; "" = log.jsonl alone
 device = ""                    # cuda, mps or cpu; "" = the best there is
 dtype = ""                     # float32 or bfloat16; "" = bfloat16 from the A100 on, timed on a CPU
 compile_model = True           # torch.compile on a GPU; on a CPU it would take longer than it saves
-config = configure(globals())  # python base_train.py config/x.py --num_iterations=50
+config = configure(globals())  # flags and config files replace the values above; config keeps all of them
 
 # a finished stage ends here, an unfinished one continues
 checkpoint_dir = stage_folder("base", model_tag or f"d{depth}")
@@ -68,14 +68,17 @@ tokenizer = tokenizer_of(checkpoint_dir, meta)
 machine = start(device, dtype, meta)
 
 # the model and the length of the run: all sizes follow from depth
-model_config = GPTConfig(sequence_len=max_seq_len, vocab_size=tokenizer.vocab_size, **budget.model_shape(depth, head_dim))
+model_config = GPTConfig(sequence_len=max_seq_len, vocab_size=tokenizer.vocab_size,
+                         **budget.model_shape(depth, head_dim))
 params, flops = budget.num_params(**vars(model_config)), budget.flops_per_token(**vars(model_config))
 rows = budget.rows_per_step(total_batch_size, max_seq_len)
 tokens_per_step = rows * max_seq_len
 total_steps = num_iterations or round(target_param_data_ratio * params["total"] / tokens_per_step)
 if total_steps < 1:
-    raise SystemExit(f"num_iterations={num_iterations}, target_param_data_ratio={target_param_data_ratio}: no step to train")
-token_seconds = choose_numerics(machine, dtype, meta and meta["machine"], checkpoint_dir, lambda: GPT(model_config), rows)
+    raise SystemExit(f"num_iterations={num_iterations}, target_param_data_ratio={target_param_data_ratio}: "
+                     "no step to train")
+token_seconds = choose_numerics(machine, dtype, meta and meta["machine"], checkpoint_dir,    # on a CPU by timing
+                                lambda: GPT(model_config), rows)
 B = machine.micro_batch(rows, vars(model_config), meta, device_batch_size, gradient_checkpointing)
 print0(f"d{depth}: {params['total']:,} parameters, {total_steps * tokens_per_step:,} tokens in "
        f"{budget.steps_text(total_steps, rows, max_seq_len, B)}")
@@ -85,11 +88,12 @@ print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads" +
 if core_metric_every:
     core.fetch_bundle()                                          # now, so that what is missing is missed at once
 
-# the data: the list of shards is fixed at step 0, so that a resumed run reads the same stream
+# the data: the list of shards goes into the checkpoint, so that a resumed run reads the same stream
 shards = meta["shards"] if meta else train_shards(num_shards)
 train_stream, val_stream = text_streams(shards, tokenizer)
 token_bytes = torch.from_numpy(tokenizer.token_bytes()).long().to(machine.device)
-few_rows, many_rows = budget.eval_rows(max_seq_len, tokens_per_step, total_steps, eval_every, eval_tokens, final_eval_tokens)
+few_rows, many_rows = budget.eval_rows(max_seq_len, tokens_per_step, total_steps, eval_every, eval_tokens,
+                                       final_eval_tokens)
 
 # weights, optimizers, and where a run that stopped had got to
 torch.manual_seed(seed)                                         # the same first weights on every rank
@@ -108,7 +112,7 @@ progress = Progress(log, start_step, total_steps, flops, machine.peak_flops, met
 for step in range(start_step, total_steps + 1):
     last = step == total_steps
 
-    # once in a while: bits per byte, then save; what may fail or run out of memory comes after
+    # once in a while: bits per byte, which go into the checkpoint; save; and only then samples and CORE, which may fail
     if due(step, eval_every, last):
         with memory_advice(B, rows):
             val_bpb = metrics.evaluate_bpb(model, val_stream, token_bytes, many_rows if last else few_rows,
@@ -133,7 +137,7 @@ for step in range(start_step, total_steps + 1):
     # one optimizer step: the loss summed over all targets of the step, divided by their number
     machine.synchronize()
     clock = time.perf_counter()
-    x, y = train_stream.step_rows(step, rows, max_seq_len)
+    x, y = train_stream.step_batch(step, rows, max_seq_len)
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
     rates = set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)

@@ -1,5 +1,5 @@
 """
-Test a chat model on six tasks: three multiple choice, three answered in words, numbers or code.
+Test a chat model on what tasks/ has tests for, and HumanEval; six of the tests make up ChatCORE.
 
 reads   <stage>_checkpoints/<model_tag>/, tokenizer/, task_data/ (through tasks/)
 writes  <stage>_checkpoints/<model_tag>/chat_eval.json

@@ -15,7 +15,7 @@ import time
 import torch
 
 from checkpoint import continue_from, find_parent, load_model, load_optimizers, save_checkpoint, source_of, stage_folder
-from data import my_batches
+from data import rank_batches
 from engine import Engine
 from evals import metrics
 from muon import build_optimizers, lr_multiplier, set_schedule
@@ -122,7 +122,7 @@ for step in range(start_step, total_steps + 1):
 
     # once in a while: the loss on held-out answers, then save; what may fail comes after
     if due(step, eval_every, last):
-        batches = my_batches(val_data, 0, min(eval_examples, len(val_data)), B, tokenizer, max_seq_len)
+        batches = rank_batches(val_data, 0, min(eval_examples, len(val_data)), B, tokenizer, max_seq_len)
         with memory_advice(B, rows, "SFT_BATCH_SIZE"):
             val_loss = metrics.evaluate_loss(model, batches, machine.device)
         print0(f"step {step:5d}/{total_steps} | val loss {val_loss:.4f}")
@@ -144,7 +144,7 @@ for step in range(start_step, total_steps + 1):
     # one optimizer step: the loss summed over all scored tokens of the step, divided by their number
     machine.synchronize()
     clock = time.perf_counter()
-    batches = list(my_batches(train_data, step * rows, rows, B, tokenizer, max_seq_len))
+    batches = list(rank_batches(train_data, step * rows, rows, B, tokenizer, max_seq_len))
     num_tokens, num_targets = sum_over_ranks([sum(x.size for x, y in batches), sum((y >= 0).sum() for x, y in batches)],
                                              machine.device)
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)

@@ -241,7 +241,7 @@ def tags_of(stage):
     return sorted(t for t in (os.listdir(parent) if os.path.isdir(parent) else []) if steps_in(os.path.join(parent, t)))
 
 
-def find_checkpoint(stage, model_tag="", step=0):
+def find_checkpoint(stage, model_tag="", step=0, flag="--model_tag"):
     """
     (folder, meta) of a stage's model; step 0 = the newest. Without a tag the only one there is, never a guess.
 
@@ -251,11 +251,12 @@ def find_checkpoint(stage, model_tag="", step=0):
     tags = tags_of(stage)
     if model_tag not in tags:
         if not tags or model_tag:
-            raise SystemExit(f"{folder if model_tag else os.path.dirname(folder)}: no checkpoint here; run {SCRIPTS[stage]} first"
-                             + (f" or choose --model_tag from {', '.join(tags)}" if tags else ""))
+            wanted = folder if model_tag else os.path.dirname(folder)
+            raise SystemExit(f"{wanted}: no checkpoint here; run {SCRIPTS[stage]} first"
+                             + (f" or choose {flag} from {', '.join(tags)}" if tags else ""))
         own = [tag for tag in tags if read_meta(stage_folder(stage, tag)).get("tag", tag) == tag]
         if len(own or tags) > 1:
-            raise SystemExit(f"{os.path.dirname(folder)}: holds several models; choose one with --model_tag= from "
+            raise SystemExit(f"{os.path.dirname(folder)}: holds several models; choose one with {flag}= from "
                              f"{', '.join(tags)}")
         folder = stage_folder(stage, (own or tags)[0])
     return folder, read_meta(folder, step)
@@ -267,7 +268,8 @@ def find_parent(stage, source_tag, model_tag):
 
     source_tag, if it is given; else the one with the tag of the model to be trained; else the only one there is
     """
-    folder, meta = find_checkpoint(stage, source_tag or (model_tag if model_tag in tags_of(stage) else ""))
+    folder, meta = find_checkpoint(stage, source_tag or (model_tag if model_tag in tags_of(stage) else ""),
+                                   flag="--source_tag")
     if not is_finished(meta):
         raise SystemExit(f"{folder}: only at step {meta['step']} of {meta['num_iterations']}; finish it first, with "
                          f"{SCRIPTS[stage]} --resume=1")

@@ -208,7 +208,7 @@ def conversation_streams(folder, train, val, tokenizer):
                 os.remove(old)
         count = -(-len(mixture) // FILE_CONVERSATIONS)
         files[split] = [os.path.join(folder, f"{split}_{key}.{k:05d}.bin") for k in range(count)]
-    # first what is needed first
+    # the trainer needs the first file at once, the validation later, the others last
     jobs = [(files["train"][:1], train), (files["val"], val), (files["train"], train)]
     making = start_background(make_conversation_files, jobs, tokenizer)
     return TokenStream(files["train"], making), TokenStream(files["val"], making)
@@ -290,7 +290,7 @@ class TokenStream:
         self.files.append((tokens, mask))
         self.ends.append((self.ends[-1] if self.ends else 0) + len(tokens))
 
-    def step_rows(self, step, rows, T):
+    def step_batch(self, step, rows, T):
         """This rank's share of the rows of an optimizer step -> x, y (rows / ranks, T): disjoint, together all of them."""
         share = rows // WORLD_SIZE
         return self.batch_at(step * rows + RANK * share, share, T, (step + 1) * rows)
@@ -299,8 +299,8 @@ class TokenStream:
         """
         Rows row .. row+B-1: row r begins at token r * T of the ring.
 
-        step_end: the row after the step's last, of all ranks; then all wait for the same files, and
-            none enters the exchange of gradients while another still waits for text
+        step_end: the row after the step's last, of all ranks. All wait for these files before they compute,
+            so that none hangs in the exchange of gradients
         returns x, y: (B, T) int64; y[b, t] is the token after x[b, t], or -1 where it isn't scored
         """
         start, n = row * T, B * T + 1             # B rows lie side by side; y needs one token more
@@ -332,7 +332,7 @@ def pad_batch(rows, T):
 
     rows: list of (ids, mask), each beginning with <|bos|>, which also fills the short rows up
     returns x, y: (B, T') int64; y is -1 where mask is 0 and in the filling. T' is the longest
-        row's need, rounded up to a multiple of 64 (few shapes to compile), at most T.
+        row's need, rounded up to a multiple of 64, at most T.
     """
     need = max(len(ids) - 1 for ids, _ in rows)
     width = min(-(-max(need, 1) // 64) * 64, T)
@@ -345,7 +345,7 @@ def pad_batch(rows, T):
     return x, y
 
 
-def my_batches(conversations, first, count, B, tokenizer, T):
+def rank_batches(conversations, first, count, B, tokenizer, T):
     """
     Conversations first ... first + count - 1 (counted on from the start at the end), one per row -> batches (x, y).
 

@@ -6,10 +6,10 @@ out   Engine.generate (one prompt, several samples, step by step), Engine.genera
       prompts), TextStream (tokens to text that can be shown as it comes)
 
 The keys and values of tokens already seen are kept (KVCache), so a new token costs one pass over
-one position instead of the whole text. All rows of a batch stand at the same position. A row
-whose next token is already known, because its prompt is longer than its neighbour's or because
-the calculator has answered, takes that token instead of the drawn one. So neither the model nor
-the cache needs a mask, and a row does not notice who shares the batch.
+one position instead of the whole text. All rows of a batch stand at the same position: they are
+read up to the end of the shortest prompt; then, token by token, a row with prompt left takes the
+next of its prompt instead of the one drawn, and likewise what the calculator has answered. So neither
+the model nor the cache needs a mask, and a row does not notice who shares the batch.
 """
 import codecs
 import unicodedata
@@ -100,7 +100,7 @@ class Reply:
         elif drawn == special("<|python_end|>") and self.call is not None:
             result = calculate(self.tokenizer.decode(self.call))
             self.call = None
-            if result is not None:                             # no sum it can do: the model goes on
+            if result is not None:                             # not arithmetic it knows: the model goes on
                 self.forced.extend([special("<|output_start|>"), *self.tokenizer.encode(result),
                                     special("<|output_end|>")])
         elif self.call is not None:

@@ -152,7 +152,7 @@ for step in range(start_step, total_steps + 1):
     # one optimizer step: the loss summed over all scored tokens of the step, divided by their number
     machine.synchronize()
     clock = time.perf_counter()
-    x, y = train_stream.step_rows(step, rows, max_seq_len)
+    x, y = train_stream.step_batch(step, rows, max_seq_len)
     [num_targets] = sum_over_ranks([(y >= 0).sum()], machine.device)
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
     rates = set_schedule(optimizers, multiplier, step)

@@ -3,7 +3,7 @@ The transformer. GPT(config) maps token ids to logits, or to a loss where target
 
 It is nanochat's model of autumn 2025, and the names and shapes in its state dict are the same:
 rotary positions, normalised queries and keys, RMSNorm without weights, relu^2, no biases, an
-output head of its own whose logits are soft-capped. Needs torch and nothing else of ours.
+output head of its own whose logits are soft-capped. Needs torch alone.
 
 B rows, T tokens a row, C channels (n_embd), H heads, D channels a head, V vocabulary
 """
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 LOGIT_CAP = 15.0       # logits live in (-15, 15): 15 * tanh(logits / 15)
 ROPE_BASE = 10000.0    # the slowest rotary channel turns once in about 2 pi * 10,000 tokens
 CHUNK_LOGITS = 2 ** 28 # logits made at a time on a GPU: 4,096 tokens at V = 65,536, 1 GB in float32
-CHUNK_CPU = 256        # tokens at a time on a CPU: fewer make thin matrices
+CHUNK_CPU = 256        # tokens at a time on a CPU: with fewer the products are too small to be fast
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers of 4C with relu^2 between: as good as GELU and sparse (arXiv 2109.08668)."""
+    """C to 4C and back, with relu^2 between: as good as GELU and sparse (arXiv 2109.08668)."""
 
     def __init__(self, config):
         super().__init__()
@@ -142,7 +142,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        Every layer starts as the identity (c_proj is zero) and every token as equally likely
+        Every block adds nothing at first (c_proj is zero) and every token as equally likely
         (lm_head is zero), so the first loss is ln(V). The other matrices keep the size of what
         passes through them: std = min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in).
         """
@@ -250,7 +250,8 @@ class CappedCrossEntropy(torch.autograd.Function):
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
         w = weight.to(x.dtype)
         for rows in chunks(x, weight):
-            # tanh(u) = 2 sigmoid(2u) - 1, and a softmax does not see a constant: cap * tanh(z / cap) is 2 cap s here
+            # tanh(u) = 2 sigmoid(2u) - 1, so with s = sigmoid(2 z / cap) the capped logit is 2 cap s - cap; a softmax
+            # does not see the constant
             s = F.linear(x[rows], w).float().mul_(2 / LOGIT_CAP).sigmoid_()          # (n, V)
             p = torch.softmax(2 * LOGIT_CAP * s, dim=1)                              # at least e^-30 / V: has a log
             y = targets[rows, None]

@@ -5,6 +5,10 @@ Muon takes the momentum of a matrix and sets all its singular values to (about) 
 direction of the matrix is left behind because its gradient is small.
 source: Keller Jordan, https://kellerjordan.github.io/posts/muon/
 
+Why not Muon for the tables: in a matrix of a block every direction acts on every token, while a row of a table belongs
+to one token, and few tokens are in a batch. Equal singular values would move the rows of rare tokens as far as those of
+common ones; AdamW gives every entry a step size of its own.
+
 One implementation serves one process and several: with torchrun each rank does the arithmetic
 for its share of the matrices and the ranks exchange the results. Needs torch alone.
 """
@@ -17,10 +21,10 @@ NS_A, NS_B, NS_C = 3.4445, -4.7750, 2.0315
 
 def orthogonalize(G, dtype, steps=5):
     """
-    G (n, rows, cols): n matrices -> the same with all singular values in about 0.7 ... 1.2.
+    G (n, rows, cols): n matrices -> the same with singular values of about 0.7 ... 1.2; those below 0.003 of the norm grow less.
 
     Newton-Schulz: X <- aX + b(XX^T)X + c(XX^T)^2 X works on the singular values as the odd
-    polynomial as + bs^3 + cs^5 does, without a singular value decomposition.
+    polynomial a*s + b*s^3 + c*s^5 does, without a singular value decomposition.
     """
     X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
@@ -112,8 +116,8 @@ def build_optimizers(model, matrix_lr, embedding_lr, unembedding_lr):
     """
     -> [AdamW, Muon]; every group remembers its learning rate as initial_lr.
 
-    The rates of the tables fall with the root of the width, from the one they were tuned at
-    (768); Muon's update has the same size at every width and needs no such rule.
+    The rates of the tables fall with the root of the width, from width 768,
+    where they were tuned; Muon's update has the same size at every width and needs no such rule.
     """
     scale = (model.config.n_embd / 768) ** -0.5
     tables = [dict(params=[model.transformer.wte.weight], lr=embedding_lr * scale),

@@ -108,9 +108,6 @@ def steps_text(steps, rows, sequence_len, B):
     return f"{steps:,} steps of {rows * sequence_len:,} tokens ({rows} rows of {sequence_len:,}, {B} at a time)"
 
 
-CPU_BYTES = 1e9                # what a training step may take of a CPU's memory
-
-
 def usable_bytes(gpu_bytes):
     """
     Of a GPU's memory what weights, optimizer and activations may take: a tenth stays for

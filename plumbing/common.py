@@ -1,5 +1,5 @@
 """
-Small things every stage shares: where files live, the environment, schedules, averages, logs.
+Small things every stage shares: where files live, the environment, atomic files, logs, the progress line.
 
 No torch here, so that the scripts which only move text start at once.
 """
@@ -99,7 +99,7 @@ class Log:
     """
     log.jsonl: one JSON object per line, the source of the report and of every curve.
 
-    A resumed run drops what was logged after the step it starts from, so no step stands twice.
+    A resumed run drops what was logged from its first step on, so no step stands twice.
     With a run name the numbers also go to wandb, where that is installed.
     """
 
