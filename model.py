@@ -193,7 +193,7 @@ class GPT(nn.Module):
         """
         x, scored, losses, best = self.trunk(idx, kv_cache), targets >= 0, [], []
         x, y, w = x[scored], targets[scored], self.lm_head.weight.to(x.dtype)
-        for rows in chunks(x, w):
+        for rows in chunks(x, w) or [slice(0)]:                            # nothing scored: two empty tensors
             logits = capped(F.linear(x[rows], w))
             losses.append(F.cross_entropy(logits, y[rows], reduction="none"))
             best.append(logits.argmax(dim=1))
@@ -262,6 +262,7 @@ class CappedCrossEntropy(torch.autograd.Function):
             d, scale = p.addcmul_(p, s, value=-1).to(x.dtype), (4 * scored).to(x.dtype)
             grad_x[rows] = (d @ w) * scale
             grad_w += d.t() @ (x[rows] * scale)
+            del s, p, d                                                              # before the next chunk's are made
         ctx.save_for_backward(grad_x, grad_w)
         return total
 

@@ -46,7 +46,7 @@ plan() {
 # before anything is downloaded; the plan needs a Python but no packages, and with torch it can time a CPU
 planned=0; case "${PLAN:-0}" in 0) ;; *) planned=1 ;; esac
 if [ "$planned" = 1 ] && [ -x .venv/bin/python ]; then plan .venv/bin/python
-elif command -v python3 >/dev/null; then plan python3; else . ./setup.sh; plan python; fi
+elif python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then plan python3; else . ./setup.sh; plan python; fi
 if [ "$planned" = 1 ]; then exit 0; fi
 
 . ./setup.sh
@@ -68,7 +68,8 @@ fi
 # the launcher of the training stages: torchrun only where there are several processes; what follows -- is not for it
 launch() { if [ "$NPROC" = 1 ]; then run python "$@"; else run python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" -- "$@"; fi; }
 # every command is shown as it can be typed
-run() { printf '$'; printf ' %q' "$@"; echo; "$@"; }
+show() { printf '$'; printf ' %q' "$@"; echo; }
+run() { show "$@"; "$@"; }
 # the same question after each stage: a base model goes on with it, mid-training teaches to answer
 ask() { run python chat_cli.py -i "$1" --model_tag="$2" --max_tokens=48 -p "Who are you?"; }
 printf '$ source .venv/bin/activate; export NANOCHAT_BASE_DIR=%q\n' "$NANOCHAT_BASE_DIR"
@@ -85,7 +86,8 @@ if [ "$CONFIG" = tiny ]; then
     run python prepare.py --embedded=1
     downloads=
 else
-    run python prepare.py -n "$DATA_SHARDS" --tasks=1 &     # goes on while the tokenizer and the model train
+    show python prepare.py -n "$DATA_SHARDS" --tasks=1
+    python prepare.py -n "$DATA_SHARDS" --tasks=1 &     # goes on while the tokenizer and the model train
     downloads=$!
     trap 'kill $downloads 2>/dev/null || true' EXIT
 fi

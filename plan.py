@@ -37,8 +37,8 @@ MFU = 0.60                     # share of the peak of a compiled run; assumed, n
 def misspelt(given, known):
     """(name, the known name it was meant to be) of a variable that is nearly one of the drivers', or None."""
     for name in sorted(set(given) - set(known)):
-        near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)
-        if near and len(name) > 3 and not name.startswith("WANDB_"):             # wandb has many of its own
+        near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85)
+        if near and near[0] not in ("PLAN", "PYTHON") and not name.startswith("WANDB_"):     # these have many of their own
             return name, near[0]
 
 
@@ -57,7 +57,7 @@ def cpu_speed(model, rows):
     try:
         from model import GPT, GPTConfig
         from plumbing.machine import time_numerics
-    except ImportError:
+    except Exception:                            # no torch yet, another than ours, or a broken one
         return 0.0
     print("timing a training step ...", flush=True)
     return flops_per_token(**model) / time_numerics(GPT(GPTConfig(**model)), rows)["seconds_per_token"]
@@ -91,7 +91,7 @@ if num_shards:
     print(f"  memory  about {gpu_bytes / 1e9:.0f} GB of a GPU's, with micro-batches of {B} rows")
 where = (f"{num_processes} x " if num_processes > 1 else "") + (name or ("an A100" if num_shards else "these CPU cores"))
 if speed:
-    seconds = {stage: n * flops / speed / num_processes for stage, n in tokens.items()}
+    seconds = {stage: n * flops / speed / (num_processes if name or num_shards else 1) for stage, n in tokens.items()}
     print(f"  time    on {where}: base {duration(seconds['base'])}, mid {duration(seconds['mid'])}, fine-tuning "
           f"{duration(seconds['sft'])}, without downloads and tests")
 else:

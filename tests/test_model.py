@@ -93,6 +93,8 @@ def test_the_sum_of_the_token_losses_is_the_loss():
     y[0, :5] = -1
     each, best = model.score(idx, y)
     assert each.shape == best.shape == ((y >= 0).sum(),)
+    losses, best = model.score(idx, torch.full_like(idx, -1))
+    assert losses.shape == best.shape == (0,)
     assert each.sum().item() == pytest.approx(model(idx, y).item(), rel=1e-5)
 
 

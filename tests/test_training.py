@@ -240,7 +240,7 @@ def test_a_divergence_stops_before_the_weights_are_touched(copy):
 
 def test_the_launcher_hands_every_flag_on(tmp_path):
     with open(os.path.join(ROOT, "pipeline.sh"), encoding="utf-8") as f:
-        launch = "".join(line for line in f if line.startswith(("launch()", "run()")))
+        launch = "".join(line for line in f if line.startswith(("launch()", "show()", "run()")))
     script = tmp_path / "script.py"
     script.write_text("import sys; print(sys.argv[1:], flush=True)")
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
