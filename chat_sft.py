@@ -63,7 +63,8 @@ device = ""                    # cuda, mps or cpu; "" = the best there is
 dtype = ""                     # float32 or bfloat16; "" = as in the stage before
 config = configure(globals())
 
-QUICK_TESTS = ("MMLU", "ARC-Easy", "says its name", "spells a word", "counts a letter")    # of chat_eval.py's, while training
+# those of chat_eval.py's tests that are made while training
+QUICK_TESTS = ("MMLU", "ARC-Easy", "says its name", "spells a word", "counts a letter")
 
 # a finished stage ends here, an unfinished one continues
 source_folder, source_meta = find_parent(source, source_tag, model_tag)
@@ -87,7 +88,8 @@ if meta:
 
 # the mixture; who the model is was settled in mid-training
 who = who_is(source_meta)
-own_identity = identity(**who, size=identity_rows) if embedded or source_meta["config"].get("assistant_name") else identity_file()
+own_name = embedded or source_meta["config"].get("assistant_name")
+own_identity = identity(**who, size=identity_rows) if own_name else identity_file()
 if not embedded:
     train_data = Mixture([
         arc("Easy", "train"), arc("Challenge", "train"),        # 2.3K and 1.1K questions: a letter for an answer
@@ -135,7 +137,8 @@ for step in range(start_step, total_steps + 1):
             peak_memory=machine.peak_memory()))
     if eval_metrics_max_problems and due(step, eval_metrics_every, last):
         for name, task in tests.items():
-            right, total = metrics.evaluate_task(Engine(model, tokenizer), task, is_right, eval_metrics_max_problems, 128)
+            right, total = metrics.evaluate_task(Engine(model, tokenizer), task, is_right, eval_metrics_max_problems,
+                                                 max_tokens=128)
             print0(f"step {step:5d}/{total_steps} | {name}: {right} of {total}")
             log.write(step, test=name, right=right, total=total)
     if last:

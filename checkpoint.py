@@ -30,8 +30,8 @@ CODE = dict(base=("model.py", "muon.py", "data.py", SCRIPTS["base"]),
             sft=("model.py", "muon.py", *TASK_CODE, SCRIPTS["sft"]))
 
 # knobs that may differ when a run is continued: they change how it runs or what it prints
-FREE_KNOBS = {"run", "resume", "model_tag", "source_tag", "device", "dtype", "device_batch_size", "compile_model", "gradient_checkpointing",
-              "save_every", "eval_every", "eval_tokens", "eval_examples", "sample_every", "eval_metrics_every",
+FREE_KNOBS = {"run", "resume", "model_tag", "source_tag", "device", "dtype", "device_batch_size", "compile_model",
+              "gradient_checkpointing", "save_every", "eval_every", "eval_tokens", "eval_examples", "sample_every", "eval_metrics_every",
               "eval_metrics_max_problems", "core_metric_every", "core_metric_max_per_task", "final_eval_tokens"}
 
 
@@ -192,7 +192,7 @@ def set_aside(stage, folder, meta):
 
 
 def tokenizer_of(folder, meta):
-    """The tokenizer in place; SystemExit where it is not the one a checkpoint (its meta; None = no such) was trained with."""
+    """The tokenizer in place; SystemExit where it is not the one of a checkpoint (its meta; None = there is no such)."""
     if meta is None:
         return load_tokenizer()
     place = base_path("tokenizer")

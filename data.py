@@ -168,7 +168,8 @@ def text_streams(shards, tokenizer):
     """(training, validation) TokenStreams of shards by name; a process beside the trainer makes the token files."""
     train, val = [base_path("base_data", name) for name in shards], shard_path(VAL_SHARD)
     making = start_background(make_token_files, [val, *train], tokenizer)
-    return TokenStream([token_path(path, tokenizer) for path in train], making), TokenStream([token_path(val, tokenizer)], making)
+    return (TokenStream([token_path(path, tokenizer) for path in train], making),
+            TokenStream([token_path(val, tokenizer)], making))
 
 
 def wait_for_shard(path):
@@ -283,15 +284,17 @@ class TokenStream:
             time.sleep(0.05)
         files = []
         for name, dtype in ((path, np.uint16), (f"{path[:-len('.bin')]}.mask", np.uint8)):
-            size = os.path.getsize(name) if os.path.exists(name) else -1         # nothing can't be mapped
-            files.append(np.memmap(name, dtype=dtype, mode="r") if size > 0 else np.empty(0, dtype) if size == 0 else None)
+            if not os.path.exists(name):
+                files.append(None)
+            else:                                 # an empty file can't be mapped
+                files.append(np.memmap(name, dtype=dtype, mode="r") if os.path.getsize(name) else np.empty(0, dtype))
         tokens, mask = files
         assert mask is None or len(mask) == len(tokens), f"{path}: its mask has another length"
         self.files.append((tokens, mask))
         self.ends.append((self.ends[-1] if self.ends else 0) + len(tokens))
 
     def step_batch(self, step, rows, T):
-        """This rank's share of the rows of an optimizer step -> x, y (rows / ranks, T): disjoint, together all of them."""
+        """This rank's share of the rows of an optimizer step -> x, y (rows / ranks, T); together they are all of them."""
         share = rows // WORLD_SIZE
         return self.batch_at(step * rows + RANK * share, share, T, (step + 1) * rows)
 

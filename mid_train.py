@@ -121,7 +121,8 @@ token_bytes = torch.from_numpy(tokenizer.token_bytes()).long().to(machine.device
 
 epoch_steps = epoch_tokens(train_stream, train_data) / tokens_per_step
 total_steps = meta["num_iterations"] if meta else num_iterations or max(1, round(epoch_steps))
-few_rows, many_rows = budget.eval_rows(max_seq_len, tokens_per_step, total_steps, eval_every, eval_tokens, final_eval_tokens)
+few_rows, many_rows = budget.eval_rows(max_seq_len, tokens_per_step, total_steps, eval_every, eval_tokens,
+                                       final_eval_tokens)
 print0(f"{len(train_data):,} conversations, {total_steps / epoch_steps:.2f} epochs in "
        f"{budget.steps_text(total_steps, rows, max_seq_len, B)}")
 print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads")
@@ -160,7 +161,8 @@ for step in range(start_step, total_steps + 1):
     with memory_advice(B, rows):
         for first in range(0, len(x), B):
             micro = slice(first, first + B)
-            loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device)) / max(1, num_targets)
+            loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device))
+            loss = loss / max(1, num_targets)
             loss.backward()
             train_loss += loss.detach()
     train_loss, grad_norm = reduce_and_clip(model, step, train_loss, grad_clip)     # a run that has diverged ends here

@@ -89,7 +89,7 @@ class Attention(nn.Module):
         if kv_cache is not None:
             k, v = kv_cache.append(self.layer, k, v)                       # (B, H_kv, T_all, D)
         T_all = k.size(2)
-        whole, last = T_all == T, T == 1                                   # nothing came before; one token, which sees all
+        whole, last = T_all == T, T == 1           # nothing came before; one token, which sees all
         mask = None if whole or last else torch.ones(T, T_all, dtype=torch.bool, device=x.device).tril(T_all - T)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole and not last,
                                            enable_gqa=self.n_kv_head != self.n_head)

@@ -21,7 +21,9 @@ NS_A, NS_B, NS_C = 3.4445, -4.7750, 2.0315
 
 def orthogonalize(G, dtype, steps=5):
     """
-    G (n, rows, cols): n matrices -> the same with singular values of about 0.7 ... 1.2; those below 0.003 of the norm grow less.
+    G (n, rows, cols): n matrices -> the same with singular values of about 0.7 ... 1.2.
+
+    Those below 0.003 of the matrix's norm grow, but do not get there.
 
     Newton-Schulz: X <- aX + b(XX^T)X + c(XX^T)^2 X works on the singular values as the odd
     polynomial a*s + b*s^3 + c*s^5 does, without a singular value decomposition.

@@ -27,8 +27,8 @@ WANDB_IS_SET_UP = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # the code that makes conversations, and with it what mid-training and fine-tuning learn
-TASK_CODE = (*sorted(f"tasks/{name}" for name in os.listdir(os.path.join(ROOT, "tasks")) if re.fullmatch(r"\w+\.py", name)),
-             "tokenizer.py", "data.py")
+TASK_CODE = ("tokenizer.py", "data.py", *sorted(f"tasks/{name}" for name in os.listdir(os.path.join(ROOT, "tasks"))
+                                                if re.fullmatch(r"\w+\.py", name)))
 
 
 def code_hash(name):
@@ -42,7 +42,8 @@ def code_hash(name):
             lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            lines[node.body[0].lineno - 1:node.body[0].end_lineno] = [""] * (node.body[0].end_lineno - node.body[0].lineno + 1)
+            for row in range(node.body[0].lineno, node.body[0].end_lineno + 1):
+                lines[row - 1] = ""
     # the text and not the syntax tree, which one version of Python writes otherwise than the next
     return hashlib.sha256("\n".join(line.rstrip() for line in lines if line.strip()).encode()).hexdigest()[:16]
 
@@ -192,7 +193,8 @@ class Progress:
             print0("lr below: of the matrices / the token table / the output head")
         if step < self.start_step + 5 or self.since_line > 1 or left == 0:   # of fast steps one a second
             self.since_line = 0.0
-            print0(f"step {step:5d}/{self.total_steps} | loss {smooth:.4f} | lr {' / '.join(f'{rate:.2g}' for rate in rates.values())} | "
+            rates_text = " / ".join(f"{rate:.2g}" for rate in rates.values())
+            print0(f"step {step:5d}/{self.total_steps} | loss {smooth:.4f} | lr {rates_text} | "
                    f"{1000 * step_seconds:.0f} ms | {speed:,.0f} tok/s | " +
                    (f"mfu {100 * mfu:.1f} % | " if mfu else "") + f"eta {duration(eta)}")
 
