@@ -154,7 +154,9 @@ def continue_from(stage, folder, config, resume, source=None):
     if meta is None:
         return None
     anew = f"to train it again, first: {set_aside(stage, folder, meta)}"
-    beside = f"train another one beside it with --model_tag=NEW; {anew}"
+    came_from = [source["tag"] for source in sources(meta) if "tag" in source]
+    drivers = f"BASE_TAG={came_from[-1]} MODEL_TAG=NEW" if came_from else "MODEL_TAG=NEW"
+    beside = f"train another one beside it with --model_tag=NEW (for the drivers: {drivers}); {anew}"
     if not resume:
         raise SystemExit(f"{folder}: holds a checkpoint of step {meta['step']}; --resume=1 continues it; {beside}")
     if source and meta["source"]["sha256"] != source["sha256"]:
@@ -167,8 +169,7 @@ def continue_from(stage, folder, config, resume, source=None):
     edited = changed_code(meta, CODE[stage])
     if edited:
         goes = "stays as it is" if is_finished(meta) else f"goes on from step {meta['step']} with the new code"
-        print0(f"{', '.join(edited)} changed since {folder} was trained; it {goes}. --model_tag=NEW (with the drivers "
-               f"MODEL_TAG=NEW) trains the new one beside it; {anew}")
+        print0(f"{', '.join(edited)} changed since {folder} was trained; it {goes}; {beside}")
     if is_finished(meta):
         if RANK == 0:
             shutil.rmtree(os.path.join(folder, "tokens"), ignore_errors=True)     # a crash may have left them
