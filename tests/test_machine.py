@@ -33,3 +33,11 @@ def test_the_timing_is_announced_and_kept(tmp_path, capsys):
     assert machine.choose_numerics(cpu, "", None, tmp_path, lambda: GPT(CONFIG), 8) == first
     assert "timing" not in capsys.readouterr().out
     assert machine.choose_numerics(cpu, "float32", None, tmp_path / "other", lambda: GPT(CONFIG), 8) == 0.0
+
+
+def test_a_model_is_used_in_the_number_format_it_was_trained_in():
+    trained = dict(machine=dict(device="cpu", dtype="bfloat16", threads=1, cores=machine.cores()))
+    assert machine.start("cpu", meta=trained).dtype is torch.bfloat16 and torch.get_num_threads() == 1
+    assert machine.start("cpu", "float32", trained).dtype is torch.float32, "what is asked for counts"
+    trained["machine"]["device"] = "cuda"
+    assert machine.start("cpu", meta=trained).dtype is torch.float32, "another device, another format"

@@ -130,6 +130,12 @@ def test_the_tiny_row_of_the_driver_is_the_tiny_config():
         assert int(row[f"{stage.upper()}_ITERATIONS"]) == values[stage]["num_iterations"]
 
 
+def test_what_the_driver_starts_in_the_background_is_the_program_itself():
+    with open(os.path.join(ROOT, "pipeline.sh"), encoding="utf-8") as f:        # of a function $! would be a shell around it
+        started = re.findall(r"^\s*(\w+) .*[^&]&(?:\s+#.*)?$", f.read(), re.MULTILINE)
+    assert started == ["python"]
+
+
 def test_lengths_are_printed():
     for name in FILES:
         lines = source(name).splitlines()
