@@ -74,17 +74,16 @@ meta = continue_from("sft", checkpoint_dir, config, resume, parent)
 start_step = meta["step"] if meta else 0
 machine = start(device, dtype, meta or source_meta)
 
-# the batch, fitted to the memory before the weights are in it
-shape, rows = source_meta["model_config"], target_examples_per_step
-max_seq_len, flops = shape["sequence_len"], budget.flops_per_token(**shape)
-B = machine.micro_batch(rows, shape, meta, device_batch_size, gradient_checkpointing)
-
 # weights: those where this stage had got to, or the stage before's
 model, tokenizer = load_model(checkpoint_dir if meta else source_folder, meta or source_meta, machine,
                               gradient_checkpointing)
 optimizers = build_optimizers(model, matrix_lr * init_lr_frac, embedding_lr * init_lr_frac, unembedding_lr * init_lr_frac)
 if meta:
     load_optimizers(checkpoint_dir, optimizers, meta)
+
+# the batch
+rows, max_seq_len, flops = target_examples_per_step, model.config.sequence_len, budget.flops_per_token(model.config)
+B = machine.micro_batch(rows, model.config, meta, device_batch_size, gradient_checkpointing)
 
 # the mixture; who the model is was settled in mid-training
 who = who_is(source_meta)

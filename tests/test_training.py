@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from conftest import ROOT
+from model import GPTConfig
 from plumbing.budget import checkpoint_bytes
 from plumbing.common import read_log
 
@@ -137,7 +138,7 @@ def test_a_checkpoint_is_as_large_as_planned(trained):
     for folder in FOLDER.values():
         meta = json.loads((trained / folder / "meta_000020.json").read_text())
         size = sum(num_bytes for num_bytes, _ in meta["files"].values())
-        assert 0 < size - checkpoint_bytes(**meta["model_config"]) < 20_000      # the names beside the numbers
+        assert 0 < size - checkpoint_bytes(GPTConfig(**meta["model_config"])) < 20_000      # the names beside the numbers
 
 
 @pytest.mark.parametrize("argv, words", [
