@@ -53,8 +53,8 @@ final_lr_frac = 0.0            # where they fall to, as a share of the full rate
 # evaluation and checkpoints
 eval_every = 100               # steps between evaluations of the loss on held-out answers; 0 = only at the end
 eval_examples = 400            # conversations of such an evaluation
-eval_metrics_every = 200       # steps between tests on the tasks themselves; 0 = only at the end
-eval_metrics_max_problems = 200  # problems per task in such a test; 0 = no tests (chat_eval.py has more)
+eval_metrics_every = 200       # steps between tests on the tasks themselves; 0 = never (chat_eval.py has more)
+eval_metrics_max_problems = 200  # problems per task in such a test; 0 = all
 save_every = 0                 # steps between checkpoints; 0 = only at the end
 resume = 0                     # 1 = continue from the newest checkpoint, if there is one
 # machine
@@ -134,7 +134,7 @@ for step in range(start_step, total_steps + 1):
             source=parent, tokenizer=tokenizer.fingerprint, flops_per_token=flops, rows=rows,
             conversations=len(train_data), device_batch_size=B, machine=machine.describe(),
             peak_memory=machine.peak_memory()))
-    if eval_metrics_max_problems and due(step, eval_metrics_every, last):
+    if eval_metrics_every and due(step, eval_metrics_every, last):
         for name, task in tests.items():
             right, total = metrics.evaluate_task(Engine(model, tokenizer), task, is_right, eval_metrics_max_problems,
                                                  max_tokens=128)

@@ -21,7 +21,7 @@ num_iterations = 0             # base steps; 0 = target_param_data_ratio tokens 
 target_param_data_ratio = 20.0
 mid_iterations = 0             # 0 = one epoch, about 0.4 billion tokens
 sft_iterations = 0             # 0 = one epoch, about 720 steps of 32 conversations
-num_shards = 0                 # shards of text to download; 0 = none
+num_shards = 0                 # shards of text to download
 vocab_size = 65536
 device_batch_size = 0          # rows per micro-batch; 0 = the most that fit
 num_processes = 1              # GPUs

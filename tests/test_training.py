@@ -26,7 +26,7 @@ STAGES = dict(
          "--spelling_bee_rows=20", "--identity_rows=50"],
     sft=["chat_sft.py", *RUN, "--num_iterations=20", "--embedded=1", "--target_examples_per_step=8",
          "--device_batch_size=4", "--spelling_rows=100", "--spelling_bee_rows=20", "--eval_metrics_max_problems=1",
-         "--eval_metrics_every=0", "--eval_examples=8"])
+         "--eval_metrics_every=20", "--eval_examples=8"])
 FOLDER = dict(base="base_checkpoints/d1", mid="mid_checkpoints/d1", sft="chatsft_checkpoints/d1")
 
 
