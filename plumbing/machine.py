@@ -29,10 +29,14 @@ class Machine:
     device: torch.device
     dtype: torch.dtype         # what the matrices are multiplied in
     dtype_name: str
-    threads: int               # CPU threads torch may use
     name: str                  # of the device, for people
     peak_flops: float          # 0.0 = unknown, then no MFU
     free_bytes: float          # at the start, for weights, gradients, optimizer and activations
+
+    @property
+    def threads(self):
+        """CPU threads torch may use."""
+        return torch.get_num_threads()
 
     def synchronize(self):
         """Wait for the device, so that a clock read now is honest."""
@@ -88,7 +92,7 @@ def start(device="", dtype="", meta=None):
     dtype = dtype or "float32"
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    machine = Machine(chosen, DTYPES[dtype], dtype, torch.get_num_threads(), name, peak_flops(name), free_bytes)
+    machine = Machine(chosen, DTYPES[dtype], dtype, name, peak_flops(name), free_bytes)
     use_numerics(machine, asked, meta and meta.get("machine"))
     return machine
 
@@ -96,12 +100,6 @@ def start(device="", dtype="", meta=None):
 def cores():
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def use_threads(machine, threads):
-    if machine.device.type == "cpu" and threads:
-        torch.set_num_threads(threads)
-    machine.threads = torch.get_num_threads()
 
 
 def choose_numerics(machine, dtype, saved, folder, make_model, rows):
@@ -138,8 +136,8 @@ def use_numerics(machine, dtype, saved):
     emulated = machine.device.type == "cuda" and saved["dtype"] == "bfloat16" and machine.dtype_name == "float32"
     if not dtype and not emulated:                               # a GPU before the A100 would be slow in bfloat16
         machine.dtype_name, machine.dtype = saved["dtype"], DTYPES[saved["dtype"]]
-    if saved.get("cores", cores()) == cores():
-        use_threads(machine, saved["threads"])
+    if machine.device.type == "cpu" and saved.get("cores", cores()) == cores():
+        torch.set_num_threads(saved["threads"])
 
 
 def time_numerics(model, rows):
