@@ -25,7 +25,7 @@ from evals.saved import read_results, write_results
 from plumbing.budget import eval_rows
 from plumbing.common import RANK, atomic_write, base_path, duration, print0
 from plumbing.configurator import configure
-from plumbing.machine import finish, memory_advice, start
+from plumbing.machine import finish, start
 
 tasks = "bpb,samples,core"     # -a: what to evaluate
 model_tag = ""                 # which model, like d12; "" = the only one there is
@@ -85,10 +85,9 @@ if "bpb" in parts:
     train, val = text_streams(meta["shards"][:1], tokenizer)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).long().to(machine.device)
     bpb = {}
-    with memory_advice(B, meta["rows"]):
-        for split, stream in (("val", val), ("train", train)):
-            bpb[f"{split}_bpb"] = evaluate_bpb(model, stream, token_bytes, num_rows, B, T, machine.device)
-            print0(f"{split} bpb {bpb[f'{split}_bpb']:.4f}")
+    for split, stream in (("val", val), ("train", train)):
+        bpb[f"{split}_bpb"] = evaluate_bpb(model, stream, token_bytes, num_rows, B, T, machine.device)
+        print0(f"{split} bpb {bpb[f'{split}_bpb']:.4f}")
     keep("bpb", time.perf_counter() - clock, **bpb)
 
 if "samples" in parts:
