@@ -9,7 +9,6 @@ run     python base_eval.py
         torchrun --standalone --nproc_per_node=2 base_eval.py
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
-import csv
 import math
 import os
 import time
@@ -18,9 +17,8 @@ import torch
 
 from checkpoint import find_checkpoint, load_model, sha_of
 from data import VAL_SHARD, shard_path, text_streams
-from engine import Engine, printable
 from evals.core import evaluate_core, fetch_bundle, gpt2_scores
-from evals.metrics import continue_prompts, evaluate_bpb
+from evals.metrics import evaluate_bpb, print_samples
 from evals.saved import read_results, write_results
 from plumbing.budget import eval_rows
 from plumbing.common import RANK, atomic_write, base_path, duration, print0
@@ -93,9 +91,7 @@ if "bpb" in parts:
 
 if "samples" in parts:
     clock = time.perf_counter()
-    samples = continue_prompts(Engine(model, tokenizer))
-    for prompt, text in samples:
-        print0(f"  {prompt} |{printable(text)!r}")
+    samples = print_samples(model, tokenizer)
     keep("samples", time.perf_counter() - clock, samples=samples)
 
 if "core" in parts:
@@ -119,11 +115,10 @@ if "core" in parts:
         print0(f"items counted as wrong, because the answer alone is longer than the context: {too_long}")
     if RANK == 0:
         with atomic_write(os.path.join(folder, "core.csv"), "w") as f:
-            rows = csv.writer(f, lineterminator="\n")
-            rows.writerow(["Task", "Accuracy", "Centered", "Items"])
-            rows.writerows([label, f"{result['accuracy']:.6f}", f"{result['centered']:.6f}", result["n"]]
-                           for label, result in scores.items())
-            rows.writerow(["CORE", "", f"{core:.6f}", ""])
+            f.write("Task,Accuracy,Centered,Items\n")
+            f.writelines(f"{label},{result['accuracy']:.6f},{result['centered']:.6f},{result['n']}\n"
+                         for label, result in scores.items())
+            f.write(f"CORE,,{core:.6f},\n")
     keep("core", seconds, core=core, tasks=scores, gpt2_core={size: row["CORE"] for size, row in gpt2.items()})
 
 print0(f"base_eval: written to {path}")

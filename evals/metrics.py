@@ -11,7 +11,7 @@ from collections import Counter
 import torch
 
 from engine import Engine, printable, text_of
-from plumbing.common import RANK, WORLD_SIZE
+from plumbing.common import RANK, WORLD_SIZE, print0
 from plumbing.machine import sum_over_ranks, to_device
 
 # what a base model is asked to go on with: facts, a riddle, a list, an opinion, some algebra
@@ -48,17 +48,13 @@ def evaluate_bpb(model, stream, token_bytes, num_rows, B, T, device):
 
 
 def print_samples(model, tokenizer):
-    """What a base model goes on with, on the first rank's console."""
-    if RANK == 0:
-        for prompt, text in continue_prompts(Engine(model, tokenizer)):
-            print(f"  {prompt} |{printable(text)!r}", flush=True)
-
-
-def continue_prompts(engine, max_tokens=16):
-    """The likeliest words after each of PROMPTS -> list of (prompt, text)."""
-    ids = [[engine.tokenizer.bos, *engine.tokenizer.encode(prompt)] for prompt in PROMPTS]
-    replies = engine.generate_batch(ids, max_tokens=max_tokens)
-    return [(prompt, text_of(engine.tokenizer, reply)) for prompt, reply in zip(PROMPTS, replies)]
+    """The likeliest 16 tokens after each of PROMPTS, printed -> list of (prompt, text)."""
+    ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+    replies = Engine(model, tokenizer).generate_batch(ids, max_tokens=16)
+    samples = [(prompt, text_of(tokenizer, reply)) for prompt, reply in zip(PROMPTS, replies)]
+    for prompt, text in samples:
+        print0(f"  {prompt} |{printable(text)!r}")
+    return samples
 
 
 @torch.no_grad()
@@ -100,6 +96,12 @@ def count_right_letters(model, tokenizer, problems):
     Rows are filled up at the right, where a causal model does not see it. Equal letters,
     which numbers of 16 bits make common, are decided as equal choices of CORE are: see choose.
     """
+    # the first token of a reply comes behind a special one, so nothing can join the letter
+    tokens = {letter: tokenizer.encode(letter) for problem in problems for letter in problem["letters"]}
+    for letter, ids in tokens.items():
+        if len(ids) != 1:
+            raise SystemExit(f"the choice {letter!r} is {len(ids)} tokens in this vocabulary, and can't be compared by one "
+                             "logit; leave the multiple choice tasks out (-a)")
     prompts = [crop(tokenizer.render_for_completion(problem), model.config.sequence_len) for problem in problems]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     idx = torch.full((len(prompts), int(lengths.max())), tokenizer.bos)
@@ -108,7 +110,7 @@ def count_right_letters(model, tokenizer, problems):
     logits = model(idx.to(model.device), positions=(lengths - 1).to(model.device))     # (B, V)
     right = 0
     for problem, row in zip(problems, logits):
-        ids = [one_token(tokenizer, letter) for letter in problem["letters"]]
+        ids = [tokens[letter][0] for letter in problem["letters"]]
         choice = choose((-row[ids]).tolist(), ticket_of([problem["messages"][-2]["content"]]))
         right += problem["letters"][choice] == problem["answer"]
     return right
@@ -150,12 +152,3 @@ def choose(losses, ticket):
 def ticket_of(texts):
     """A large number that depends on the texts of an item alone."""
     return int.from_bytes(hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).digest()[:8], "big")
-
-
-def one_token(tokenizer, letter):
-    """The token of a reply that is this letter: first behind a special token, where nothing can join it."""
-    ids = tokenizer.encode(letter)
-    if len(ids) != 1:
-        raise SystemExit(f"the choice {letter!r} is {len(ids)} tokens in this vocabulary, and can't be compared by one "
-                         "logit; leave the multiple choice tasks out (-a)")
-    return ids[0]
