@@ -96,40 +96,27 @@ def fetch_bundle():
         os.makedirs(base_path(), exist_ok=True)
         with locked(f"{archive}.lock"):                      # not two processes at once
             if not os.path.isdir(folder):
-                download(BUNDLE_URL, archive, problem_with_zip)
+                download(BUNDLE_URL, archive, lambda path: "" if zipfile.is_zipfile(path) else "no whole zip file")
                 unpack(archive, folder)
                 os.remove(archive)
     barrier()
     return folder
 
 
-def problem_with_zip(path):
-    """What is wrong with a zip file, "" for nothing; reads all of it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
-        return "no whole zip file"
-    return f"{damaged} in it is damaged" if damaged else ""
-
-
 def unpack(archive, folder):
-    """The files of CORE's tasks, from the zip into the folder, which appears when all are there."""
-    needed = ["core.yaml", "eval_meta_data.csv", *sorted({f"eval_data/{task.file}" for task in TASKS})]
+    """What CORE reads of the zip, into the folder, which appears when all is there."""
+    needed = {f"eval_bundle/eval_data/{task.file}" for task in TASKS}
     temporary = f"{folder}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)             # of a process that was killed
     try:
         with zipfile.ZipFile(archive) as source:
             held = set(source.namelist())
-            for name in [*needed, *GPT2.values()]:
-                if f"eval_bundle/{name}" in held:
-                    path = os.path.join(temporary, name)
-                    os.makedirs(os.path.dirname(path), exist_ok=True)
-                    with source.open(f"eval_bundle/{name}") as f, open(path, "wb") as out:
-                        shutil.copyfileobj(f, out)
-                elif name in needed:
-                    raise SystemExit(f"{archive}: holds no {name}; it is another bundle than {BUNDLE_URL}")
-        os.rename(temporary, folder)
+            if needed - held:
+                raise SystemExit(f"{archive}: holds no {min(needed - held)}; it is another bundle than {BUNDLE_URL}")
+            source.extractall(temporary, held & needed.union(f"eval_bundle/{name}" for name in GPT2.values()))
+        os.rename(os.path.join(temporary, "eval_bundle"), folder)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise SystemExit(f"{archive}: damaged ({error}); remove it to fetch it anew") from None
     except OSError as error:
         raise SystemExit(f"{temporary}: {error.strerror or error}; free some disk space, then run again") from None
     finally:
@@ -238,15 +225,11 @@ def make_item(task, row, texts, tokenizer, context):
 
 
 # scores
-class SharedPrefix:
-    """
-    A cache to read from: the choices of an item go on from the prefix that was read once.
-
-    cache  KVCache with a row per item; items (R,) int64: the item that each row of choices is of
-    """
-
-    def __init__(self, cache, items):
-        self.cache, self.items, self.length = cache, items, cache.length
+class SharedPrefix(NamedTuple):
+    """A cache to read from: the choices of an item go on from the prefix that was read once."""
+    cache: KVCache             # a row per item
+    items: torch.Tensor        # (R,) int64: the item that each row of choices is of
+    length: int                # tokens of the prefix
 
     def append(self, layer, k, v):
         kept = self.cache.kv[layer][:, self.items]           # (2, R, H, length, D), of one layer
@@ -283,7 +266,7 @@ def read(model, items):
         cache = KVCache(model, len(items), shared)
         idx = torch.tensor([item.prompts[0][:shared] for item in items], device=model.device)
         model(idx, kv_cache=cache, positions=torch.zeros(len(items), dtype=torch.long, device=model.device))
-        prefix = SharedPrefix(cache, torch.tensor([k for k, _, _ in rows], device=model.device))
+        prefix = SharedPrefix(cache, torch.tensor([k for k, _, _ in rows], device=model.device), shared)
     T = max(len(prompt) for _, prompt, _ in rows) - 1 - shared
     x, y = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -1)
     for r, (_, prompt, start) in enumerate(rows):
