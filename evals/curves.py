@@ -129,7 +129,8 @@ def draw_panel(panel, name, log, color):
         average, middle, mfu = medians(steps, values), statistics.median(values), series(log, "mfu")[1]
         remark = f"median {middle:,.{0 if middle >= 100 else 1}f}"
         remark += f", MFU {100 * statistics.median(mfu):.0f} %" if mfu else ""
-    panel.plot(thin(steps), thin(values), ".", color=color, alpha=0.25, markersize=3, markeredgewidth=0, label="one step")
+    dots = dict(alpha=0.25, markersize=3, markeredgewidth=0)
+    panel.plot(thin(steps), thin(values), ".", color=color, **dots, label="one step")
     panel.plot(*average, color=color, linewidth=1.5, label="average of about 2 % of the steps")
     every = len(held_out) // 20 + 1
     panel.plot(held_out_steps, held_out, "o-", color=color, markerfacecolor="white", markersize=5, linewidth=1.5,

@@ -1,8 +1,7 @@
 """
 How good a model is: bits per byte of text, loss on answers, and right answers to questions.
 
-Everything is passed in; nothing here opens a file. With several ranks each takes its share of
-the rows and the sums are added up.
+Everything is passed in; nothing here opens a file. Several ranks share the rows and add up their sums.
 """
 import hashlib
 import math
@@ -27,8 +26,7 @@ def evaluate_bpb(model, stream, token_bytes, num_rows, B, T, device):
     """
     Bits per byte: how many bits the model needs for a byte of text it has not seen.
 
-    Unlike the loss per token it does not depend on the tokenizer. Special tokens stand for no
-    byte and are left out on both sides of the fraction.
+    Unlike the loss per token it does not depend on the tokenizer. Special tokens stand for no byte and do not count.
 
     stream       data.TokenStream; its rows 0 ... num_rows - 1 are scored, at most one epoch
     token_bytes  (V,) int64 tensor on the device: bytes each token stands for
@@ -72,8 +70,8 @@ def evaluate_task(engine, task, check, max_problems=0, max_tokens=256, batch_siz
     """
     Test a model on a task -> (right ones, problems); max_problems 0 = all of them.
 
-    A multiple choice is decided by the logits of the letters, anything else by a greedy answer
-    that check(conversation, answer text) -> bool judges (tasks.is_right).
+    A multiple choice is decided by the logits of the letters, anything else by a greedy answer, which
+    check(conversation, answer) -> bool judges (tasks.is_right).
     """
     model, tokenizer, context = engine.model, engine.tokenizer, engine.model.config.sequence_len
     problems = [task[i] for i in range(RANK, min(max_problems or len(task), len(task)), WORLD_SIZE)]
@@ -93,15 +91,14 @@ def count_right_letters(model, tokenizer, problems):
     """
     A batch of multiple choices: how many have the highest logit after the question at the right letter.
 
-    Rows are filled up at the right, where a causal model does not see it. Equal letters,
-    which numbers of 16 bits make common, are decided as equal choices of CORE are: see choose.
+    Rows are filled up at the right, where a causal model does not see it. Equal logits are common in 16 bits: see choose.
     """
     # the first token of a reply comes behind a special one, so nothing can join the letter
     tokens = {letter: tokenizer.encode(letter) for problem in problems for letter in problem["letters"]}
     for letter, ids in tokens.items():
         if len(ids) != 1:
-            raise SystemExit(f"the choice {letter!r} is {len(ids)} tokens in this vocabulary, and can't be compared by one "
-                             "logit; leave the multiple choice tasks out (-a)")
+            raise SystemExit(f"the choice {letter!r} is {len(ids)} tokens in this vocabulary, and can't be compared by "
+                             "one logit; leave the multiple choice tasks out (-a)")
     prompts = [crop(tokenizer.render_for_completion(problem), model.config.sequence_len) for problem in problems]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     idx = torch.full((len(prompts), int(lengths.max())), tokenizer.bos)
@@ -125,8 +122,7 @@ def constant_share(problems):
     """
     The share of some problems that one and the same answer to all of them would have right.
 
-    Of the counts of a letter two thirds are 1: what a model gets there means something only beside this number.
-    0 where right is what passes, and no answer is given, as for programs.
+    Of the counts of a letter two thirds are 1: a score there means something only beside this. 0 for programs.
     """
     answers = [problem.get("answer") for problem in problems]
     return Counter(answers).most_common(1)[0][1] / len(answers) if None not in answers else 0.0
@@ -141,8 +137,7 @@ def choose(losses, ticket):
     """
     The choice of the lowest loss; among equal ones (within TIE) the item's ticket decides.
 
-    So a model that sees no difference between the choices scores what guessing does. Taking the
-    first would give it the share of items whose first choice happens to be right.
+    So a model that sees no difference scores what guessing does; the first choice may be right too often or too rarely.
     """
     assert all(map(math.isfinite, losses)), f"losses {losses}: the model computes no numbers"
     equal = [i for i, loss in enumerate(losses) if loss <= min(losses) + TIE]

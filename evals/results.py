@@ -1,8 +1,7 @@
 """
-What a run has left on the disk, for whoever wants to look at it, also in the middle of the run.
+What a run has left on the disk, also in the middle of it: all as one dict, and remarks about what is damaged or old.
 
 reads   <stage>_checkpoints/<model_tag>/{meta_NNNNNN.json,log.jsonl,eval.json,chat_eval.json}
-out     read_stage: all of it as one dict, and remarks about what is damaged or out of date
 """
 import os
 
@@ -36,8 +35,8 @@ def read_run(tag, remarks):
         source = run and run["meta"].get("source") or {}
         parent = runs.get(source.get("stage"))
         if parent and sha_of(parent["meta"]) != source.get("sha256"):
-            remarks.append(f"{TITLES[stage]} started from another {source['stage']} checkpoint (step {source.get('step')}) "
-                           "than the one there now.")
+            remarks.append(f"{TITLES[stage]} started from another {source['stage']} checkpoint "
+                           f"(step {source.get('step')}) than the one there now.")
     return runs
 
 
@@ -45,9 +44,9 @@ def read_stage(stage, tag, remarks):
     """
     All there is about a stage, or None if it has left nothing.
 
-    returns  dict: stage; meta of the newest checkpoint; log, a list of rows; text (eval.json) and chat (chat_eval.json),
-             {} where they are missing or not of that checkpoint; seconds of training; val_bpb and val_loss, the last
-             ones or None; answers, {test: (right, total)}, of chat, else of the last test during training
+    returns  dict: stage; meta of the newest checkpoint, {} if missing; log, its rows; text (eval.json) and chat
+             (chat_eval.json), {} if missing or of another checkpoint; seconds of training; val_bpb and val_loss, the
+             last ones or None; answers, {test: (right, total)}, from chat, else from the last test while training
     """
     folder = base_path(FOLDERS[stage], tag)
     meta, log = newest_meta(folder, remarks), [row for row in read_log(folder) if "step" in row]
