@@ -28,7 +28,7 @@ from plumbing.machine import finish, memory_advice, start
 tasks = "bpb,samples,core"     # -a: what to evaluate
 model_tag = ""                 # which model, like d12; "" = the only one there is
 step = 0                       # training step of the checkpoint; 0 = the newest
-eval_tokens = 10485760         # tokens for bits per byte, of each text (20 x 524,288); at most a tenth of those trained
+eval_tokens = 10485760         # tokens scored of each text (20 x 524,288); at most, and for 0, a tenth of those trained
 device_batch_size = 0          # rows of text read at a time; 0 = as in training
 core_max_per_task = 0          # items of each CORE task; 0 = all, 91,000 in 22 tasks
 resume = 0                     # 1 = keep what eval.json already has of this checkpoint and these settings
@@ -75,7 +75,7 @@ if "core" in parts:
 if "bpb" in parts:
     clock = time.perf_counter()
     T, B = model.config.sequence_len, device_batch_size or meta["device_batch_size"]
-    _, num_rows = eval_rows(T, meta["rows"] * T, meta["num_iterations"], 0, 0, eval_tokens)
+    _, num_rows = eval_rows(T, meta["rows"] * T, meta["num_iterations"], 0, 0, eval_tokens or math.inf)
     # the first shard is enough of what it was trained on: 52 million tokens
     for shard in (shard_path(VAL_SHARD), base_path("base_data", meta["shards"][0])):
         if not os.path.exists(shard):

@@ -1,8 +1,7 @@
 """
 The report card: what was trained, what it cost and what came out, in one page with curves.
 
-A function of the files that the stages have left and of nothing else, so it can be made at any
-time, also in the middle of a run; what is not there yet is said to be missing.
+A function of the files that the stages have left, so it can be made at any time; what is not there yet is said.
 
 reads   <stage>_checkpoints/<model_tag>/{meta_NNNNNN.json,log.jsonl,eval.json,chat_eval.json},
         tokenizer/{meta.json,eval.json}
@@ -61,10 +60,7 @@ def git_state():
     return f"{commit}, " + ("with changes (dirty)" if changes else "clean")
 
 
-# ---------------------------------------------------------------------------------------------
-# 1. Sections: each function returns a list of paragraphs in markdown.
-
-
+# the sections: each function returns a list of paragraphs in markdown
 def table(rows, head=("", "")):
     """A markdown table; empty with no rows."""
     lines = [[str(value).replace("|", "\\|").replace("\n", " ") for value in line]
@@ -98,10 +94,9 @@ def header(tag, runs):
             machines.setdefault(text, []).append(TITLES[stage])
     rows = [("machine" if len(machines) == 1 else f"machine: {', '.join(stages)}", text)
             for text, stages in machines.items()]
-    code = git_state()
-    rows += [("commit of the scripts now", code)] if code else []
-    rows += [("this page made with", f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")]
-    return [*parts, table(rows)]
+    rows += [("commit of the scripts now", git_state()),
+             ("this page made with", f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")]
+    return [*parts, table([row for row in rows if row[1]])]
 
 
 def stage_rows(run):
@@ -129,7 +124,6 @@ def stage_rows(run):
                           "not known: no peak for this machine in plumbing/budget.py" if speed else "")
     memory, B = meta.get("peak_memory"), meta.get("device_batch_size", "?")
     yield "memory, peak", f"{memory / 1e9:.1f} GB, micro-batches of {B} rows" if memory else ""
-
     losses, text = series(log, "loss")[1], run["text"]
     yield "training loss, nats per token", \
         f"{losses[0]:.3f} at first, {at_end(losses):.3f} at the end" if losses else ""
@@ -174,12 +168,10 @@ def summary(runs):
         for name, number in numbers.items():
             if number is not None:
                 ours.setdefault(name, {})[stage] = number
-    order = ["validation, bits per byte", "validation, nats per token", *D20, *ours]
-    names = sorted(dict.fromkeys(order), key=lambda name: (name not in ours, name.startswith("ChatCORE")))
+    names = dict.fromkeys(["validation, bits per byte", "validation, nats per token", *D20, *ours])
     names = [name for name in names if name in ours or name in D20]
-
     rows = []
-    for name in names:
+    for name in sorted(names, key=lambda name: (name not in ours, name.startswith("ChatCORE"))):
         cells = []
         for stage in FOLDERS:
             number, theirs = ours.get(name, {}).get(stage), D20.get(name, {}).get(stage)
@@ -268,16 +260,13 @@ def stage_part(stage, run):
     return parts
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. The page
-
+# the page
 tag = find_tag(model_tag)
 stages = read_run(tag, remarks)
 runs = {stage: run for stage, run in stages.items() if run}
 tokenizer = read_json(base_path("tokenizer", "meta.json"), remarks)
 page_path, picture = base_path("report", f"{tag}.md"), base_path("report", tag, "curves.png")
-logs = [(TITLES[stage], run["log"]) for stage, run in runs.items()]
-no_picture = draw(logs, picture)                                 # why there is none
+no_picture = draw([(TITLES[stage], run["log"]) for stage, run in runs.items()], picture)    # why there is none
 
 middle = [*abilities(runs), *samples(runs), *costs(runs, tokenizer), *tokenizer_part(tokenizer)]
 last = [part for stage, run in stages.items() for part in stage_part(stage, run)]

@@ -1,10 +1,7 @@
 """
-The curves of a run: one picture, a column per stage and a row per quantity.
+The curves of a run: one picture (with matplotlib, the extra `plot`), a column per stage and a row per quantity.
 
-in    stages: list of (title, rows of log.jsonl), in the order in which they were trained
-out   draw: a PNG (needs matplotlib, the extra `plot`)
-
-The rows have the keys that plumbing.common.Progress and the stages log: step, loss, tokens_per_second,
+The rows of log.jsonl have the keys that plumbing.common.Progress and the stages log: step, loss, tokens_per_second,
 val_bpb, val_loss. Missing ones leave a panel out, a null (a number that was not finite) a gap.
 """
 import itertools
@@ -26,12 +23,7 @@ def series(log, key):
 
 
 def smooth(values):
-    """
-    Moving average over about a fiftieth of the run, each value in the middle of its window.
-
-    No lag, so the line runs through its points also where they fall steeply. Towards the ends the
-    window shrinks on both sides: the first and the last value are single ones.
-    """
+    """Moving average over about a fiftieth of the run, centred so as not to lag, shorter at both ends."""
     sums, half = [0.0, *itertools.accumulate(values)], max(2, len(values) // 100)
     reach = [min(i, len(values) - 1 - i, half) for i in range(len(values))]
     return [(sums[i + r + 1] - sums[i - r]) / (2 * r + 1) for i, r in enumerate(reach)]
@@ -43,11 +35,7 @@ def at_end(values):
 
 
 def medians(steps, values, count=60):
-    """
-    Middle step and median value of up to `count` runs of neighbours, of nearly the same length.
-
-    A pause for a checkpoint does not show.
-    """
+    """Middle step and median value of up to `count` nearly equal runs of neighbours: a pause to save does not show."""
     count = min(count, len(values))
     edges = [i * len(values) // count for i in range(count + 1)] if count else []
     return ([steps[(a + b) // 2] for a, b in zip(edges, edges[1:])],
@@ -56,9 +44,9 @@ def medians(steps, values, count=60):
 
 def draw(stages, path):
     """
-    Write the curves to path as a PNG, 1600 pixels wide, made for being shown at 800.
+    Write the curves to path as a PNG, 1600 pixels wide, made for being shown at 800 -> "", or why there is no picture.
 
-    returns  "" where there is a picture, else why there is none
+    stages  list of (title, rows of log.jsonl), in the order in which they were trained
     """
     try:
         from matplotlib.figure import Figure  # no pyplot: needs no display, keeps no state
@@ -127,8 +115,8 @@ def draw_panel(panel, name, log, color):
     elif values:
         values = [value / 1000 for value in values]
         average, middle, mfu = medians(steps, values), statistics.median(values), series(log, "mfu")[1]
-        remark = f"median {middle:,.{0 if middle >= 100 else 1}f}"
-        remark += f", MFU {100 * statistics.median(mfu):.0f} %" if mfu else ""
+        share = f", MFU {100 * statistics.median(mfu):.0f} %" if mfu else ""
+        remark = f"median {middle:,.{0 if middle >= 100 else 1}f}{share}"
     dots = dict(alpha=0.25, markersize=3, markeredgewidth=0)
     panel.plot(thin(steps), thin(values), ".", color=color, **dots, label="one step")
     panel.plot(*average, color=color, linewidth=1.5, label="average of about 2 % of the steps")

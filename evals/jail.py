@@ -48,7 +48,6 @@ def prctl(option, value):
 
 # Namespaces: own views of the machine. Each call of the kernel that names a process, a network card or a file then
 # means something inside of them, also a call that nobody here thought of.
-
 CLONE_NEW = {"mount": 0x20000, "host name": 0x4000000, "shared memory": 0x8000000,
              "user": 0x10000000, "process": 0x20000000, "network": 0x40000000}
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000
@@ -93,8 +92,6 @@ def empty_root(num_bytes):
 
 
 # Limits and privileges
-
-
 def rlimits(request):
     """An end to memory, processor time, open files and their size."""
     for kind, limit in ((resource.RLIMIT_AS, request["memory"]),
@@ -116,7 +113,6 @@ def no_new_privs(request):
 
 # Landlock: files by path, for a process of any user. It works in containers, where namespaces are refused.
 # source: kernel documentation, userspace-api/landlock
-
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446        # the same on every machine
 WRITE_FILE, READ_FILE, READ_DIR = 1 << 1, 1 << 2, 1 << 3
 REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG, TRUNCATE = 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 14
@@ -146,7 +142,6 @@ def landlock(request):
 
 
 # Seccomp: a filter in the kernel that sees the number and arguments of every system call
-
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}       # AUDIT_ARCH_*
 # Refused outright: name: (number on x86_64, on aarch64; None = has no such call). What needs a capability (mount,
 # reboot, modules ...) is not here: we have none left.
@@ -236,10 +231,8 @@ def seccomp(request):
     install_filter(filter_code(machine))
 
 
-# The program
-
-# Namespaces come first, while we still may make them; the filter comes last, because the calls that make the other
-# layers are among those it refuses.
+# The program. Of the layers namespaces come first, while we still may make them; the filter comes last, because the
+# calls that make the other layers are among those it refuses.
 LAYERS = {f.__name__: f for f in (namespaces, rlimits, no_new_privs, landlock, seccomp)}
 
 

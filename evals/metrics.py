@@ -8,6 +8,7 @@ import math
 from collections import Counter
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from engine import Engine, printable, text_of
 from plumbing.common import RANK, WORLD_SIZE, print0
@@ -28,10 +29,10 @@ def evaluate_bpb(model, stream, token_bytes, num_rows, B, T, device):
 
     Unlike the loss per token it does not depend on the tokenizer. Special tokens stand for no byte and do not count.
 
-    stream       data.TokenStream; its rows 0 ... num_rows - 1 are scored, at most one epoch
+    stream       data.TokenStream; its first num_rows rows are scored, at most one epoch; 0 = all of it
     token_bytes  (V,) int64 tensor on the device: bytes each token stands for
     """
-    num_rows = max(1, min(num_rows, (stream.num_tokens - 1) // T))
+    num_rows = min(num_rows or math.inf, max(1, (stream.num_tokens - 1) // T))
     nats, num_bytes = 0.0, 0
     for first in range(RANK * B, num_rows, WORLD_SIZE * B):
         x, y = (to_device(a, device) for a in stream.batch_at(first, min(B, num_rows - first), T))
@@ -91,7 +92,7 @@ def count_right_letters(model, tokenizer, problems):
     """
     A batch of multiple choices: how many have the highest logit after the question at the right letter.
 
-    Rows are filled up at the right, where a causal model does not see it. Equal logits are common in 16 bits: see choose.
+    Rows are filled up at the right, where a causal model does not see it. In 16 bits equal logits are common: choose.
     """
     # the first token of a reply comes behind a special one, so nothing can join the letter
     tokens = {letter: tokenizer.encode(letter) for problem in problems for letter in problem["letters"]}
@@ -100,11 +101,9 @@ def count_right_letters(model, tokenizer, problems):
             raise SystemExit(f"the choice {letter!r} is {len(ids)} tokens in this vocabulary, and can't be compared by "
                              "one logit; leave the multiple choice tasks out (-a)")
     prompts = [crop(tokenizer.render_for_completion(problem), model.config.sequence_len) for problem in problems]
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    idx = torch.full((len(prompts), int(lengths.max())), tokenizer.bos)
-    for b, prompt in enumerate(prompts):
-        idx[b, :len(prompt)] = torch.tensor(prompt)
-    logits = model(idx.to(model.device), positions=(lengths - 1).to(model.device))     # (B, V)
+    idx = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    logits = model(idx.to(model.device), positions=last.to(model.device))      # (B, V)
     right = 0
     for problem, row in zip(problems, logits):
         ids = [tokens[letter][0] for letter in problem["letters"]]

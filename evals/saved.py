@@ -17,11 +17,7 @@ def read_json(path, remarks):
 
 
 def read_results(path, **same):
-    """
-    What an evaluation has left; {} where it is of another model, or damaged, which is said.
-
-    same: the values that must be in the file, such as checkpoint=sha256 of the weights
-    """
+    """What an evaluation has left; {} where it is damaged, or not of the same checkpoint=sha256 (or what is given)."""
     damages = []
     found = read_json(path, damages)
     if damages:
