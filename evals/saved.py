@@ -17,7 +17,7 @@ def read_json(path, remarks):
 
 
 def read_results(path, **same):
-    """What an evaluation has left; {} where it is damaged, or not of the same checkpoint=sha256 (or what is given)."""
+    """What an evaluation has left; {} if damaged or if a value of `same` differs (checkpoint=sha256 of the weights)."""
     damages = []
     found = read_json(path, damages)
     if damages:
