@@ -92,7 +92,7 @@ def count_right_letters(model, tokenizer, problems):
     """
     A batch of multiple choices: how many have the highest logit after the question at the right letter.
 
-    Rows are filled up at the right, where a causal model does not see it. In 16 bits logits are often equal: see choose.
+    Rows are filled up at the right, where a causal model sees nothing. Logits of 16 bits are often equal: see choose.
     """
     # the first token of a reply comes behind a special one, so nothing can join the letter
     tokens = {letter: tokenizer.encode(letter) for problem in problems for letter in problem["letters"]}
