@@ -17,8 +17,8 @@ import numpy as np
 
 from plumbing.common import atomic_write, base_path
 
-# They stand at the end of the vocabulary in this order. Text can never contain them: "<|bos|>"
-# typed by a user is encoded as seven ordinary characters.
+# They stand at the end of the vocabulary in this order. Text can never contain them: "<|bos|>" typed by a user is
+# encoded as seven ordinary characters.
 SPECIAL_TOKENS = [
     "<|bos|>",                                      # before every document and conversation
     "<|user_start|>", "<|user_end|>",
@@ -88,8 +88,8 @@ class Tokenizer:
         """
         Bytes of text behind each token: (vocab_size,) int32, 0 for the specials.
 
-        Counted on the raw bytes. Going through decode would count a byte that is half a
-        character as the three of U+FFFD, and bits per byte would come out too low.
+        Counted on the raw bytes: decode would make the three of U+FFFD of a byte that is half a character,
+        and bits per byte would come out too low.
         """
         return np.array([len(token) for token in self.ranks] + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
 

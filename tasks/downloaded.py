@@ -35,7 +35,7 @@ FETCH = "run: python prepare.py --tasks=1"
 
 
 class ParquetRows:
-    """Rows of parquet files as dicts; the number comes from the footers, the text at first use."""
+    """Rows of parquet files as dicts, shuffled; their number comes from the footers, the text at first use."""
 
     def __init__(self, paths, columns):
         self.paths, self.columns, num_rows = paths, columns, 0
@@ -107,13 +107,13 @@ def choice_row(row):
     """
     A question of MMLU or ARC with its choices lettered, answered by the letter alone.
 
-    Word for word the original nanochat's prompt: published weights were trained on it. A small
-    model binds a letter better that stands after its choice, and one without a space before it:
-    "A" is the token of the answer, " A" is another one.
+    Word for word the original nanochat's prompt: published weights were trained on it. A small model binds a letter
+    better that stands after its choice, and one without a space before it: "A" is the token of the answer, " A" another.
     """
-    choices, right = row["choices"], row.get("answer")
     if "answerKey" in row:      # ARC; one row in 25 numbers its choices 1 2 3 4: here they are A B C D by position
-        choices, right = choices["text"], choices["label"].index(row["answerKey"])
+        choices, right = row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
+    else:
+        choices, right = row["choices"], row["answer"]
     letters = list("ABCDEFGHIJ"[:len(choices)])
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters))
     prompt = (f"Multiple Choice question: {row['question']}\n{lines}\n"
@@ -130,9 +130,8 @@ def gsm8k(split, size=0):
 
 def gsm8k_row(row):
     """
-    "... 48/2 = <<48/2=24>>24 clips. #### 24": what stands in << >> is a call and its result.
-
-    The result is kept as the data set writes it ("4.80", where our calculator says "4.8").
+    "... 48/2 = <<48/2=24>>24 clips. #### 24": what stands in << >> is a call and its result, which is kept as the data
+    set writes it ("4.80", where our calculator says "4.8").
     """
     parts = []
     for i, piece in enumerate(re.split(r"<<(.*?)>>", row["answer"])):

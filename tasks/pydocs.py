@@ -20,9 +20,7 @@ from collections import Counter
 
 from tasks.task import Task, in_test, must_be, shuffled
 
-# Folders without documentation: tests, installed packages, demos, character tables.
-SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "turtledemo", "encodings",
-        "lib-dynload", "__pycache__", "_bundled"}
+SKIP = {"test", "tests", "idle_test", "turtledemo", "encodings"}     # folders of tests, demos, character tables
 # Written in C, so there is no source to read; these are in every running Python anyway.
 # The best-known come first: of two methods with the same docstring the first one is kept.
 BUILTIN_TYPES = ("str", "list", "dict", "int", "float", "tuple", "set", "bytes", "bool", "range",
@@ -90,6 +88,7 @@ def library_entries():
     """Modules, classes and functions of the standard library, file by file."""
     root = sysconfig.get_path("stdlib")
     for folder, folders, names in os.walk(root):
+        # what is installed lies in site-packages or dist-packages: a module's folder has no "-" in its name
         folders[:] = sorted(name for name in folders if name not in SKIP and "-" not in name)
         for name in sorted(names):
             if name.endswith(".py") and name != "topics.py":
@@ -169,8 +168,7 @@ def load_docstrings(split):
         public = not any(part.startswith("_") for part in name.split("."))
         error = "." not in name and name[0].isupper()        # ValueError does nothing
         if kind in ("builtin", "function") and public and not error and in_test(name) == (split == "test"):
-            sentence = first_sentence(doc)
-            if sentence:
+            if sentence := first_sentence(doc):
                 sentences.setdefault(name, sentence)
     rows = sorted(sentences.items())
     return [{"messages": [{"role": "user", "content": f"What does {rows[i][0]} do?"},

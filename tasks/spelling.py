@@ -50,8 +50,8 @@ def simple_spelling(size, split, pseudo=0.0, pieces=()):
 
     size: 0 = each word of the split once
     pseudo: share of invented words in training, two or three of pieces (lowercase strings such as
-        tokenizer.letter_tokens()) in a row: where there are few words, they teach how each token is
-        spelled wherever it stands. The test has real words only, and no invented word is one of them.
+        tokenizer.letter_tokens()) in a row, never a word of the test, which has real words only. Where
+        there are few words, they teach how each token is spelled wherever it stands.
     """
     assert not pseudo or pieces, "invented words need pieces"
     return made(f"spelling {word_list()[0]}", spelling_row, size or len(words(split)),
@@ -96,19 +96,12 @@ def spelling_row(i, split, pseudo, pieces):
 
 
 COUNT_QUESTIONS = [          # the first is the plain one
-    "How many {letter} are in {word}?",
-    "How many {letter} are there in {word}?",
-    "How often does {letter} appear in {word}?",
-    "How many times does {letter} occur in the word {word}?",
-    "Count the letter {letter} in {word}.",
-    "Count every {letter} in the word {word}",
-    "In {word}, how many {letter} do you see?",
-    "What is the number of {letter} in {word}?",
-    "{word}: how many {letter}?",
-    "Please count how often {letter} is in {word}.",
-    "how many {letter} in {word}",
-    "Tell me how many {letter} {word} has.",
-    "If you spell {word}, how many {letter} do you write?",
+    "How many {letter} are in {word}?", "How many {letter} are there in {word}?",
+    "How often does {letter} appear in {word}?", "How many times does {letter} occur in the word {word}?",
+    "Count the letter {letter} in {word}.", "Count every {letter} in the word {word}",
+    "In {word}, how many {letter} do you see?", "What is the number of {letter} in {word}?",
+    "{word}: how many {letter}?", "Please count how often {letter} is in {word}.", "how many {letter} in {word}",
+    "Tell me how many {letter} {word} has.", "If you spell {word}, how many {letter} do you write?",
 ]
 QUOTES = ["'", "'", '"', "", "`"]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"

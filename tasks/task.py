@@ -75,6 +75,7 @@ class Mixture(Task):
 
 
 def mixed_row(tasks, starts, row):
+    """The conversation of a mixture's row: that of the task in which the row lies."""
     k = np.searchsorted(starts, row, side="right") - 1
     return tasks[k][int(row - starts[k])]
 
