@@ -6,9 +6,8 @@ Override the knobs at the top of a script, with config files and with flags.
 
     python base_train.py config/tiny_base.py --depth=4 --run=first
 
-A config file is plain Python that assigns knobs. Files and flags apply from left to right, the
-last one wins. A misspelt knob or a wrong type ends the run before it starts, in one line,
-because a typo must not cost a night of training.
+A config file is plain Python that assigns knobs. Files and flags apply from left to right, the last one wins. A misspelt
+knob or a wrong type ends the run before it starts, in one line: a typo must not cost a night of training.
 """
 import ast
 import difflib
@@ -36,7 +35,7 @@ def configure(scope, argv=None, show=True):
     returns {name: value} of every knob as the run sees it; it is saved with the checkpoint
     raises SystemExit with one line when a name, a type or a file is wrong
     """
-    argv = join_short(sys.argv[1:] if argv is None else list(argv))
+    argv = list(join_short(sys.argv[1:] if argv is None else argv))
     knobs = {name: value for name, value in scope.items() if is_knob(name, value)}
     for name, value in knobs.items():
         assert type(value) in TYPES, f"knob {name} = {value!r}: a default is an int, float, bool or str"
@@ -59,22 +58,20 @@ def configure(scope, argv=None, show=True):
 
 def is_knob(name, value):
     """Lowercase data is a knob; UPPERCASE is a constant, _x is private, the rest is code."""
-    code = callable(value) or isinstance(value, ModuleType)
-    return name == name.lower() and not name.startswith("_") and not code
+    return name == name.lower() and not name.startswith("_") and not callable(value) and not isinstance(value, ModuleType)
 
 
 def join_short(argv):
-    """['-n', '8', '-i=sft'] -> ['--num_shards=8', '--source=sft']"""
-    joined, rest = [], list(argv)
-    while rest:
-        arg = rest.pop(0)
+    """['-n', '8', '-i=sft'] -> '--num_shards=8', '--source=sft', one by one"""
+    rest = iter(argv)
+    for arg in rest:
         short, equals, value = arg.partition("=")
         if short in SHORT:
-            if not equals and not rest:
+            value = value if equals else next(rest, None)
+            if value is None:
                 raise SystemExit(f"{arg}: a value is missing, write {arg} VALUE")
-            arg = f"--{SHORT[short]}={value if equals else rest.pop(0)}"
-        joined.append(arg)
-    return joined
+            arg = f"--{SHORT[short]}={value}"
+        yield arg
 
 
 def read_flag(arg, knobs):
