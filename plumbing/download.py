@@ -23,8 +23,7 @@ HUB = "https://huggingface.co"
 TIMEOUT = (10, 60)               # seconds to connect, seconds without a byte
 PAUSES = (1, 2, 4, 8, 16, 32)    # seconds before each further try: about a minute in all
 # What may pass by itself: no connection, silence, a body cut short.
-TRANSPORT_ERRORS = (requests.ConnectionError, requests.Timeout,
-                    requests.exceptions.ChunkedEncodingError)
+TRANSPORT_ERRORS = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
 class Again(Exception):
@@ -109,8 +108,8 @@ def fetch_patiently(url, f, problem_with):
             f.truncate(f.seek(0))          # no part of it can be trusted
             spoiled += 1
             if spoiled == 2:
-                raise SystemExit(f"{name}: {problem}, twice over; {url} serves another file than "
-                                 "expected, check HF_ENDPOINT and NANOCHAT_MIRROR")
+                raise SystemExit(f"{name}: {problem}, twice over; {url} serves another file than expected, check "
+                                 "HF_ENDPOINT and NANOCHAT_MIRROR")
             raise Again(problem, 0)
         except TRANSPORT_ERRORS as error:
             reason, asked = type(error).__name__, 0
@@ -139,36 +138,29 @@ def fetch(url, f):
     if start:
         headers["Range"] = f"bytes={start}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        require_file(url, response)
-        resumed = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-        if not (start and response.status_code == 206 and resumed):
+        status, said = response.status_code, response.headers
+        if status in (408, 429) or status >= 500:
+            asked = said.get("Retry-After", "")
+            raise Again(f"status {status}", int(asked) if asked.isdigit() else 0)
+        if status not in (200, 206, 416):
+            raise SystemExit(f"{url}: status {status} {response.reason}; check the address, HF_ENDPOINT and NANOCHAT_MIRROR")
+        if "text/html" in said.get("Content-Type", ""):
+            raise SystemExit(f"{url}: a web page came instead of the file (a login page or a proxy?)")
+        resumed = said.get("Content-Range", "").startswith(f"bytes {start}-")
+        if not (start and status == 206 and resumed):
             start = 0                             # the server sends the whole file: start over
             f.truncate(f.seek(0))
-        if response.status_code == 416 or (response.status_code == 206 and not resumed):
+        if status == 416 or (status == 206 and not resumed):
             raise Again("what was here does not fit the file there", 0)
         for chunk in response.iter_content(1 << 18):
             f.write(chunk)
         f.flush()
-        length = response.headers.get("Content-Length", "")
+        length = said.get("Content-Length", "")
         if length.isdigit() and f.tell() != start + int(length):
             raise Again(f"cut after {f.tell()} of {start + int(length)} bytes", 0)
         # the hub says it on its redirect to the storage, a mirror on the answer itself
-        answers = [*response.history, response]
-    etags = [answer.headers.get("X-Linked-Etag", "").strip('"') for answer in answers]
+        etags = [answer.headers.get("X-Linked-Etag", "").strip('"') for answer in (*response.history, response)]
     return next((etag for etag in etags if re.fullmatch("[0-9a-f]{64}", etag)), "")
-
-
-def require_file(url, response):
-    """Raise for an answer that is no file: Again where waiting may help, else SystemExit."""
-    status = response.status_code
-    if status in (408, 429) or status >= 500:
-        asked = response.headers.get("Retry-After", "")
-        raise Again(f"status {status}", int(asked) if asked.isdigit() else 0)
-    if status not in (200, 206, 416):
-        raise SystemExit(f"{url}: status {status} {response.reason}; check the address, "
-                         "HF_ENDPOINT and NANOCHAT_MIRROR")
-    if "text/html" in response.headers.get("Content-Type", ""):
-        raise SystemExit(f"{url}: a web page came instead of the file (a login page or a proxy?)")
 
 
 def problem_with_bytes(path, sha256):
