@@ -24,7 +24,7 @@ from plumbing.download import HUB, download, problem_with_parquet
 from tasks.downloaded import fetch
 from tasks.pydocs import documents, is_validation
 
-num_shards = 0         # -n: training shards to fetch, from 00000 on (95 MB, 52M tokens each); 0 = 8, or the tasks alone
+num_shards = 0         # -n: training shards to fetch, from 00000 on (95 MB, 52M tokens each); 0 = 8, with --tasks=1 none
 num_threads = 4        # files fetched at the same time
 embedded = False       # 1 = write the embedded corpus as the shards instead of downloading any
 tasks = False          # 1 = fetch what the tasks need (conversations, questions, words), and shards only as -n says
@@ -35,8 +35,7 @@ SHARD_URL = f"{HUB}/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main/shar
 
 def problem_with_shard(path):
     """What keeps a file from being a downloaded shard of text, "" for nothing."""
-    problem = problem_with_parquet(path)
-    if problem:
+    if problem := problem_with_parquet(path):
         return problem
     schema = pq.read_schema(path)
     if "text" not in schema.names:
