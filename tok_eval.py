@@ -121,36 +121,20 @@ the effect was not found in every species or every year.
 }
 
 
-def load_references(names):
-    """
-    {name: encoding, or why it is missing}, after fetch_seconds at most.
-
-    tiktoken fetches without a time limit, so it does that in threads that are not waited for.
-    """
-    found = {}
-
-    def load(name):
-        try:
-            # not tiktoken.get_encoding: its lock would let one that hangs hold up all others
-            found[name] = tiktoken.Encoding(**openai_public.ENCODING_CONSTRUCTORS[name]())
-        except Exception as error:         # whatever the network or a broken cache may come up with
-            found[name] = f"{type(error).__name__}: {error}".partition("(")[0].rstrip(": ")    # without the whole chain
-
-    threads = [threading.Thread(target=load, args=[name], daemon=True) for name in names]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + fetch_seconds
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    return {name: found.get(name, f"no answer within {fetch_seconds} seconds") for name in names}
+def load_reference(name):
+    """Put tiktoken's encoding of that name into `found`, or a text that says why it is missing."""
+    try:
+        # not tiktoken.get_encoding: its lock would let one that hangs hold up all others
+        found[name] = tiktoken.Encoding(**openai_public.ENCODING_CONSTRUCTORS[name]())
+    except Exception as error:             # whatever the network or a broken cache may come up with
+        found[name] = f"{type(error).__name__}: {error}".partition("(")[0].rstrip(": ")    # without the whole chain
 
 
 # the same tokenizer with the same settings was measured already?
 if fetch_seconds <= 0 or num_chars < 0:
     raise SystemExit("fetch_seconds must be above 0, num_chars 0 (all characters) or more")
 wanted = [name.strip() for name in references.split(",") if name.strip()]
-unknown = [name for name in wanted if name not in openai_public.ENCODING_CONSTRUCTORS]
-if unknown:
+if not set(wanted) <= set(openai_public.ENCODING_CONSTRUCTORS):
     raise SystemExit(f"references={references}: tiktoken has {', '.join(openai_public.ENCODING_CONSTRUCTORS)}")
 tokenizer = load_tokenizer()
 path = base_path("tokenizer", "eval.json")
@@ -173,18 +157,21 @@ for label, shard in (("train", shard_path(0)), ("validation", shard_path(VAL_SHA
         pieces[label] += [text[i:i + LONGEST_PIECE] for i in range(0, len(text), LONGEST_PIECE)]
         if not left:
             break
-for text in TEXTS.values():
-    assert tokenizer.decode(tokenizer.encode(text)) == text, "the tokenizer does not give back what it was given"
 
-loaded = load_references(wanted)
-missing = {TITLES.get(name, name): what for name, what in loaded.items() if isinstance(what, str)}
-theirs = {TITLES.get(name, name): what for name, what in loaded.items() if not isinstance(what, str)}
+# the references: tiktoken fetches without a time limit, so it does that in threads that are not waited for
+found, deadline = {}, time.monotonic() + fetch_seconds
+threads = [threading.Thread(target=load_reference, args=[name], daemon=True) for name in wanted]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join(max(0.0, deadline - time.monotonic()))
+loaded = {TITLES.get(name, name): found.get(name, f"no answer within {fetch_seconds} seconds") for name in wanted}
+missing = {title: why for title, why in loaded.items() if isinstance(why, str)}
+theirs = {title: encoding for title, encoding in loaded.items() if title not in missing}
 encoders = {"ours": tokenizer.encode, **{title: encoding.encode_ordinary for title, encoding in theirs.items()}}
-texts = {}
-for label, some in pieces.items():
-    if some:
-        texts[label] = dict(bytes=sum(len(piece.encode("utf-8", "replace")) for piece in some),
-                            tokens={name: sum(len(encode(piece)) for piece in some) for name, encode in encoders.items()})
+texts = {label: dict(bytes=sum(len(piece.encode("utf-8", "replace")) for piece in some),
+                     tokens={name: sum(len(encode(piece)) for piece in some) for name, encode in encoders.items()})
+         for label, some in pieces.items() if some}
 
 # the table: bytes per token of each tokenizer, and what the others need for one token of ours
 vocab_sizes = {"ours": tokenizer.vocab_size, **{title: encoding.n_vocab for title, encoding in theirs.items()}}
