@@ -1,12 +1,9 @@
 """
 Checkpoints: written so that a crash at any moment leaves the one before intact.
 
-A step is three kinds of files in the stage's folder: model_NNNNNN.pt, optim_NNNNNN_rankR.pt and,
-last of all, meta_NNNNNN.json with the sizes and sha256 of the others. No meta, no checkpoint.
-Tensors are saved and loaded as data (weights_only), never as code.
+A step is three kinds of files in the stage's folder: model_NNNNNN.pt, optim_NNNNNN_rankR.pt and, last of all,
+meta_NNNNNN.json with the sizes and sha256 of the others. No meta, no checkpoint. Tensors are loaded as data, not code.
 """
-import functools
-import hashlib
 import json
 import os
 import re
@@ -18,7 +15,7 @@ import torch
 
 from model import GPT, GPTConfig
 from plumbing.budget import KEEP
-from plumbing.common import RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, print0
+from plumbing.common import RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, fingerprint, print0
 from plumbing.machine import barrier
 from tokenizer import load_tokenizer
 
@@ -51,10 +48,11 @@ def save_checkpoint(folder, step, model, optimizers, meta):
     barrier()                                                    # all shares are on the disk
     if RANK == 0:
         paths = [path_of(folder, "model", step), *(path_of(folder, "optim", step, r) for r in range(WORLD_SIZE))]
+        files = {os.path.basename(path): fingerprint(path) for path in paths}
+        code = {name: code_hash(name) for name in CODE[meta["stage"]]}
         with atomic_write(path_of(folder, "meta", step), "w") as f:
-            json.dump(dict(step=step, **meta, tag=os.path.basename(folder), code=code_of(meta["stage"]),
-                           model_config=vars(model.config), world_size=WORLD_SIZE,
-                           files={os.path.basename(path): fingerprint(path) for path in paths}), f, indent=1)
+            json.dump(dict(step=step, **meta, tag=os.path.basename(folder), code=code, model_config=vars(model.config),
+                           world_size=WORLD_SIZE, files=files), f, indent=1)
         for old in steps_in(folder)[:-KEEP]:
             os.remove(path_of(folder, "meta", old))              # first, so that what is left is never taken for whole
         remove_leftovers(folder)
@@ -74,15 +72,6 @@ def save_tensors(path, data):
 def path_of(folder, kind, step, rank=RANK):
     """Where a step's file is; kind: "model", "meta", or "optim", of which each rank has its own."""
     return os.path.join(folder, f"{kind}_{step:06d}" + dict(model=".pt", meta=".json", optim=f"_rank{rank}.pt")[kind])
-
-
-def fingerprint(path):
-    """[size in bytes, sha256] of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return [os.path.getsize(path), digest.hexdigest()]
 
 
 def steps_in(folder):
@@ -127,12 +116,6 @@ def read_tensors(folder, meta, kind, rank=0):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-@functools.cache
-def code_of(stage):
-    """{file: hash} of the code a stage's weights depend on, as it was when this process first asked."""
-    return {name: code_hash(name) for name in CODE[stage]}
-
-
 def checkpoint_to_resume(stage, folder, config, resume, source=None):
     """
     The meta of the checkpoint to go on from, or None to start at step 0. A finished stage ends here.
@@ -141,11 +124,11 @@ def checkpoint_to_resume(stage, folder, config, resume, source=None):
     source  what find_parent gives: a model that came from another parent is never taken for finished
     raises  SystemExit 0 where the stage is finished, with a line where going on would be wrong
     """
-    code_of(stage)                                               # now: what is edited later is not what trains
+    code = {name: code_hash(name) for name in CODE[stage]}       # now: what is edited later is not what trains
     meta = read_meta(folder)
     if meta is None:
         return None
-    anew = f"to train it again, first: {set_aside(stage, folder, meta)}"
+    anew = f"to train it again, first: {set_aside(folder, meta)}"
     came_from = [source["tag"] for source in sources(meta) if "tag" in source]
     drivers = f"BASE_TAG={came_from[-1]} MODEL_TAG=NEW" if came_from else "MODEL_TAG=NEW"
     beside = f"train another one beside it with --model_tag=NEW (for the drivers: {drivers}); {anew}"
@@ -158,7 +141,7 @@ def checkpoint_to_resume(stage, folder, config, resume, source=None):
     if changed:
         old, new = (", ".join(f"{k}={values[k]!r}" for k in changed) for values in (meta["config"], config))
         raise SystemExit(f"{folder}: trained with {old}; this run asks for {new}. Set it back, or {beside}")
-    if edited := [name for name, code in code_of(stage).items() if meta.get("code", {}).get(name, code) != code]:
+    if edited := [name for name in code if meta.get("code", {}).get(name, code[name]) != code[name]]:
         goes = "stays as it is" if is_finished(meta) else f"goes on from step {meta['step']} with the new code"
         print0(f"{', '.join(edited)} changed since {folder} was trained; it {goes}; {beside}")
     if is_finished(meta):
@@ -170,10 +153,9 @@ def checkpoint_to_resume(stage, folder, config, resume, source=None):
     return meta
 
 
-def set_aside(stage, folder, meta):
+def set_aside(folder, meta):
     """The shell command that moves a model and all that were trained from it out of the way."""
-    later = list(FOLDERS)[list(FOLDERS).index(stage) + 1:]
-    others = [stage_folder(name, tag) for name in later for tag in tags_of(name)]
+    others = [stage_folder(stage, tag) for stage in FOLDERS for tag in tags_of(stage)]
     moves = []
     for old in [folder, *(other for other in others if sha_of(meta) in [s["sha256"] for s in sources(read_meta(other))])]:
         new = f"{old}.old"
@@ -273,19 +255,20 @@ def load_model(folder, meta, machine, gradient_checkpointing=False):
     """
     A trained model on the machine's device, and its tokenizer -> (model, tokenizer).
 
-    That the code is another one now, or that what the model came from is gone, is said on stderr: stdout is the caller's.
+    That the code has changed, or that what the model came from is gone, is said on stderr: stdout is the caller's.
     raises SystemExit where the files are damaged or the tokenizer is not the one in place
     """
     tokenizer, reasons = tokenizer_of(folder, meta), []
     if meta.get("code", {}).get("model.py") not in (None, code_hash("model.py")):
-        reasons.append("model.py changed since this was trained, and may not fit these weights; --model_tag=NEW trains a new one")
+        reasons.append("model.py changed since this was trained, and may not fit these weights; "
+                       "--model_tag=NEW trains a new one")
     for source in sources(meta):
         parent = stage_folder(source["stage"], source.get("tag") or meta.get("tag", ""))
         # a stage of which nothing is kept, as where only a finished model was copied to, is not missed
         if os.path.isdir(os.path.dirname(parent)) and sha_of(read_meta(parent) or {}) != source["sha256"]:
             there = "another one is" if steps_in(parent) else "none is"
-            reasons.append(f"it came from a {source['stage']} model of step {source['step']} in {parent}, where {there} now; "
-                           "the same command as before trains it again")
+            reasons.append(f"it came from a {source['stage']} model of step {source['step']} in {parent}, where "
+                           f"{there} now; the same command as before trains it again")
     for reason in reasons if RANK == 0 else []:
         print(f"({folder}: {reason})", file=sys.stderr, flush=True)
     model = GPT(GPTConfig(**meta["model_config"]), machine.dtype, gradient_checkpointing)

@@ -5,6 +5,7 @@ No torch here, so that the scripts which only move text start at once.
 """
 import ast
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -31,8 +32,9 @@ TASK_CODE = ("tokenizer.py", "data.py", *sorted(f"tasks/{name}" for name in os.l
                                                 if re.fullmatch(r"\w+\.py", name)))
 
 
+@functools.cache
 def code_hash(name):
-    """16 hex digits for the code in a Python file of ours: comments, docstrings and empty lines do not count."""
+    """16 hex digits for the code in a file of ours, as it is when first asked for; without comments and docstrings."""
     with open(os.path.join(ROOT, name), encoding="utf-8") as f:
         text = f.read()
     lines = text.splitlines()
@@ -81,6 +83,15 @@ def atomic_write(path, mode="wb"):
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
+
+
+def fingerprint(path):
+    """[size in bytes, sha256] of a file; 0.1 s for a shard of text."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return [os.path.getsize(path), digest.hexdigest()]
 
 
 def due(step, every, last):
@@ -136,7 +147,7 @@ class Log:
         """Append one row; a number that is not finite is written as null."""
         if self.file is None:
             return
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in dict(step=step, **row).items()}
+        row = {"step": step} | {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.wandb:
