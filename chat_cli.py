@@ -32,8 +32,6 @@ max_tokens = 256               # longest answer, in tokens
 seed = 42                      # the same seed gives the same answers; 0 = others every time
 config = configure(globals(), show=False)  # the screen belongs to the conversation
 
-QUIT, CLEAR = ("quit", "exit"), "clear"
-
 if not (math.isfinite(temperature) and temperature >= 0):
     raise SystemExit(f"temperature={temperature}: must be 0 or more")
 if top_k < 0:
@@ -57,7 +55,8 @@ def fit(turns, turn):
     max_tokens, if that is less) is left for the answer. Half a turn would confuse the model.
     """
     if len(turn) + 1 >= context:
-        raise ValueError(f"that is {len(turn)} tokens long and the context of this model holds {context}; say it shorter")
+        raise ValueError(f"that is {len(turn)} tokens long and the context of this model holds {context}; "
+                         "say it shorter")
     room = context - min(max_tokens, context // 4) - 1 - len(turn)
     dropped = 0
     while turns and sum(map(len, turns)) > room:
@@ -113,7 +112,8 @@ engine, context = Engine(model, tokenizer), model.config.sequence_len
 terminal = sys.stdin.isatty()
 first_seed = seed or random.SystemRandom().getrandbits(32)
 millions = sum(p.numel() for p in model.parameters()) / 1e6
-note(f"{stage} model {folder}, step {meta['step']}: {millions:.1f}M parameters, context {context} tokens, on {machine.name}")
+note(f"{stage} model {folder}, step {meta['step']}: {millions:.1f}M parameters, "
+     f"context {context} tokens, on {machine.name}")
 
 if prompt:
     try:
@@ -138,9 +138,9 @@ while True:
             raise SystemExit(130) from None
         note("quit, exit or Ctrl-D ends")
         continue
-    if text.lower() in QUIT:
+    if text.lower() in ("quit", "exit"):
         break
-    if text.lower() == CLEAR:
+    if text.lower() == "clear":
         turns = []
         note("a new conversation")
     elif text:

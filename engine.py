@@ -8,8 +8,7 @@ out   Engine.generate (step by step), Engine.generate_batch (whole replies to ma
 The keys and values of tokens already seen are kept (KVCache), so a new token costs one pass over one position instead
 of the whole text. All rows of a batch stand at the same position: they are read up to the end of the shortest prompt;
 then, token by token, a row with prompt left takes the next of its prompt instead of the one drawn, and likewise what
-the calculator has answered. So neither the model nor the cache needs a mask, and a row does not notice who shares the
-batch.
+the calculator has answered. So neither the model nor the cache needs a mask, and a row does not notice its neighbours.
 """
 import codecs
 import unicodedata
@@ -76,12 +75,11 @@ class Reply:
     The model writes <|python_start|> expression <|python_end|>; then the result is put in as
     <|output_start|> result <|output_end|>, and the model goes on as if it had written that.
     """
-
     tokenizer: Tokenizer
-    unread: deque                                              # the rest of the prompt, where a shorter one sets the pace
-    left: int                                                  # tokens it may still get, drawn or forced
+    unread: deque              # the rest of the prompt, where a shorter one sets the pace
+    left: int                  # tokens it may still get, drawn or forced
     forced: deque = field(default_factory=deque)               # the calculator's answer, still to be put in
-    call: list | None = None                                   # tokens of the open expression; None outside of one
+    call: list | None = None   # tokens of the open expression; None outside of one
 
     def take(self, drawn):
         """Settle on the next token -> (token, is it part of the reply, was it drawn)."""
@@ -101,8 +99,8 @@ class Reply:
             result = calculate(self.tokenizer.decode(self.call))
             self.call = None
             if result is not None:                             # not arithmetic it knows: the model goes on
-                self.forced.extend([special("<|output_start|>"), *self.tokenizer.encode(result),
-                                    special("<|output_end|>")])
+                output = self.tokenizer.encode(result)
+                self.forced.extend([special("<|output_start|>"), *output, special("<|output_end|>")])
         elif self.call is not None:
             self.call.append(drawn)
         return drawn, True, True
@@ -120,7 +118,7 @@ class Engine:
     @torch.inference_mode()
     def generate(self, prompts, max_tokens=256, temperature=1.0, top_k=0, seed=0):
         """
-        Go on from prompts, a row each; one prompt several times gives several samples, drawn apart from the first token on.
+        Go on from prompts, a row each. The same prompt in several rows gives as many samples, each drawn by itself.
 
         yields (tokens, drawn) per step, two lists with an entry per row: the token, None before the row's reply
             begins and when it has ended; True where the model drew it, False where the calculator forced it.

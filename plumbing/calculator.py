@@ -32,10 +32,7 @@ UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def calculate(expression):
-    """
-    The value of an expression as a text ("24", "0.2"), or None when it is anything but plain
-    arithmetic or 'word'.count('x'). Never raises.
-    """
+    """The value of plain arithmetic and 'word'.count('x') as a text ("24", "0.2"); None for all else. Never raises."""
     try:
         source = python_source(expression)
         return format_number(value_of(ast.parse(source, mode="eval").body, MAX_DEPTH, source.encode()))
