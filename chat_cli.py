@@ -73,10 +73,8 @@ def answer(text, turns, answer_seed):
 
     raises ValueError, one line, when the text does not fit the context
     """
-    if stage == "base":
-        turn = tokenizer.encode(text)
-    else:                                              # <|bos|> comes once, in fit
-        turn = tokenizer.render_for_completion({"messages": [{"role": "user", "content": text}]})[1:]
+    question = {"messages": [{"role": "user", "content": text}]}
+    turn = tokenizer.encode(text) if stage == "base" else tokenizer.render_for_completion(question)[1:]     # no <|bos|>
     prompt_ids, stream, reply, stopped = fit(turns, turn), TextStream(tokenizer), [], False
     if stage == "base":                                # shown before its continuation, so that both are one text
         print(printable(text), end="", flush=True)

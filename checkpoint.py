@@ -137,8 +137,7 @@ def checkpoint_to_resume(stage, folder, config, resume, source=None):
     if source and meta["source"]["sha256"] != source["sha256"]:
         raise SystemExit(f"{folder}: was trained from another {source['stage']} checkpoint than the one in "
                          f"{stage_folder(source['stage'], source['tag'])} now; {anew}")
-    changed = [k for k, v in config.items() if k in meta["config"] and k not in FREE_KNOBS and meta["config"][k] != v]
-    if changed:
+    if changed := [k for k, v in config.items() if k not in FREE_KNOBS and meta["config"].get(k, v) != v]:
         old, new = (", ".join(f"{k}={values[k]!r}" for k in changed) for values in (meta["config"], config))
         raise SystemExit(f"{folder}: trained with {old}; this run asks for {new}. Set it back, or {beside}")
     if edited := [name for name in code if meta.get("code", {}).get(name, code[name]) != code[name]]:

@@ -33,8 +33,7 @@ if os.path.exists(meta_path):
             meta = json.load(f)
     except ValueError:
         raise SystemExit(f"{meta_path}: damaged; remove {folder} and run this again") from None
-    other = [name for name in KEPT if meta.get(name) != config[name]]
-    if other:
+    if other := [name for name in KEPT if meta.get(name) != config[name]]:
         said = ", ".join(f"{name}={meta.get(name)} (asked for: {config[name]})" for name in other)
         raise SystemExit(f"{folder}: the tokenizer here has {said}; set NANOCHAT_BASE_DIR to another folder, or remove "
                          "this one and the checkpoints made with it")

@@ -101,11 +101,7 @@ def due(step, every, last):
 
 @dataclass
 class Ema:
-    """
-    Exponential moving average that is exact from the first value on.
-
-    It divides by the weight it has seen so far, so there is no step number to get wrong.
-    """
+    """Exponential moving average that is exact from the first value on: it divides by the weight it has seen so far."""
     beta: float
     total: float = 0.0
     weight: float = 0.0
