@@ -74,7 +74,7 @@ def answer(text, turns, answer_seed):
     raises ValueError, one line, when the text does not fit the context
     """
     question = {"messages": [{"role": "user", "content": text}]}
-    turn = tokenizer.encode(text) if stage == "base" else tokenizer.render_for_completion(question)[1:]     # no <|bos|>
+    turn = tokenizer.encode(text) if stage == "base" else tokenizer.render_for_completion(question)[1:]    # fit adds <|bos|>
     prompt_ids, stream, reply, stopped = fit(turns, turn), TextStream(tokenizer), [], False
     if stage == "base":                                # shown before its continuation, so that both are one text
         print(printable(text), end="", flush=True)
