@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from checkpoint import continue_from, load_optimizers, load_weights, save_checkpoint, stage_folder, tokenizer_of
+from checkpoint import checkpoint_to_resume, load_optimizers, load_weights, save_checkpoint, stage_folder, tokenizer_of
 from data import text_streams, train_shards
 from evals import core, metrics
 from model import GPT, GPTConfig
@@ -63,7 +63,7 @@ config = configure(globals())  # flags and config files replace the values above
 
 # a finished stage ends here, an unfinished one continues
 checkpoint_dir = stage_folder("base", model_tag or f"d{depth}")
-meta = continue_from("base", checkpoint_dir, config, resume)
+meta = checkpoint_to_resume("base", checkpoint_dir, config, resume)
 start_step = meta["step"] if meta else 0
 tokenizer = tokenizer_of(checkpoint_dir, meta)
 machine = start(device, dtype, meta)

@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from checkpoint import continue_from, find_parent, load_model, load_optimizers, save_checkpoint, source_of, stage_folder
+from checkpoint import checkpoint_to_resume, find_parent, load_model, load_optimizers, save_checkpoint, stage_folder
 from data import rank_batches
 from engine import Engine
 from evals import metrics
@@ -68,10 +68,9 @@ config = configure(globals())
 QUICK_TESTS = ("MMLU", "ARC-Easy", "says its name", "spells a word", "counts a letter")
 
 # a finished stage ends here, an unfinished one continues
-source_folder, source_meta = find_parent(source, source_tag, model_tag)
-parent = source_of(source, source_folder, source_meta)
+source_folder, source_meta, parent = find_parent(source, source_tag, model_tag)
 checkpoint_dir = stage_folder("sft", model_tag or parent["tag"])
-meta = continue_from("sft", checkpoint_dir, config, resume, parent)
+meta = checkpoint_to_resume("sft", checkpoint_dir, config, resume, parent)
 start_step = meta["step"] if meta else 0
 machine = start(device, dtype, meta or source_meta)
 

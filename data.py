@@ -160,7 +160,7 @@ def text_streams(shards, tokenizer):
 
 
 def wait_for_shard(path):
-    """Return when path is there; SystemExit when nothing arrives in its folder any more."""
+    """Return path when it is there; SystemExit when nothing arrives in its folder any more."""
     name, folder = os.path.basename(path), os.path.dirname(path)
     alive, said = time.time(), False
     while not os.path.exists(path):
@@ -175,6 +175,7 @@ def wait_for_shard(path):
             print(f"waiting for {name} to be downloaded", flush=True)
             said = True
         time.sleep(0.5)
+    return path
 
 
 # ---------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import time
 
 import torch
 
-from checkpoint import continue_from, find_parent, load_model, load_optimizers, save_checkpoint, source_of, stage_folder
+from checkpoint import checkpoint_to_resume, find_parent, load_model, load_optimizers, save_checkpoint, stage_folder
 from data import conversation_streams, epoch_tokens
 from evals import metrics
 from muon import build_optimizers, lr_multiplier, set_schedule
@@ -73,10 +73,9 @@ compile_model = True           # torch.compile on a GPU
 config = configure(globals())
 
 # a finished stage ends here, an unfinished one continues
-base_folder, base_meta = find_parent("base", source_tag, model_tag)
-source = source_of("base", base_folder, base_meta)
+base_folder, base_meta, source = find_parent("base", source_tag, model_tag)
 checkpoint_dir = stage_folder("mid", model_tag or source["tag"])
-meta = continue_from("mid", checkpoint_dir, config, resume, source)
+meta = checkpoint_to_resume("mid", checkpoint_dir, config, resume, source)
 start_step = meta["step"] if meta else 0
 machine = start(device, dtype, meta or base_meta)
 
