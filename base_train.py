@@ -15,7 +15,7 @@ import torch
 from checkpoint import continue_from, load_optimizers, load_weights, save_checkpoint, stage_folder, tokenizer_of
 from data import text_streams, train_shards
 from evals import core, metrics
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, compiled
 from muon import build_optimizers, lr_multiplier, set_schedule
 from plumbing import budget
 from plumbing.common import Log, Progress, due, duration, print0
@@ -104,7 +104,7 @@ model.to(machine.device)
 optimizers = build_optimizers(model, matrix_lr, embedding_lr, unembedding_lr)
 if meta:
     load_optimizers(checkpoint_dir, optimizers, meta)
-forward = torch.compile(model, dynamic=False) if compile_model and machine.device.type == "cuda" else model
+forward = compiled(model) if compile_model and machine.device.type == "cuda" else model
 val_bpb = meta["val_bpb"] if meta else None
 log = Log(checkpoint_dir, start_step, run, config)
 progress = Progress(log, start_step, total_steps, flops, machine.peak_flops, meta and meta["progress"])

@@ -19,6 +19,7 @@ import torch
 from checkpoint import continue_from, find_parent, load_model, load_optimizers, save_checkpoint, source_of, stage_folder
 from data import conversation_streams, epoch_tokens
 from evals import metrics
+from model import compiled
 from muon import build_optimizers, lr_multiplier, set_schedule
 from plumbing import budget
 from plumbing.common import Log, Progress, due, duration, print0
@@ -85,7 +86,7 @@ model, tokenizer = load_model(checkpoint_dir if meta else base_folder, meta or b
 optimizers = build_optimizers(model, matrix_lr * init_lr_frac, embedding_lr * init_lr_frac, unembedding_lr * init_lr_frac)
 if meta:
     load_optimizers(checkpoint_dir, optimizers, meta)
-forward = torch.compile(model, dynamic=False) if compile_model and machine.device.type == "cuda" else model
+forward = compiled(model) if compile_model and machine.device.type == "cuda" else model
 
 # The mixture: what the model is to become is decided here. Of a conversation only what the assistant says is scored;
 # the original nanochat scores every token. Measured 2026-11 (d4, vocabulary 8,192, 1.1 M tokens of pretraining, then

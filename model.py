@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 LOGIT_CAP = 15.0       # logits live in (-15, 15): 15 * tanh(logits / 15)
+NORM_EPS = torch.finfo(torch.float32).eps          # whatever the model computes in
 ROPE_BASE = 10000.0    # the slowest rotary channel turns once in about 2 pi * 10,000 tokens
 CHUNK_LOGITS = 2 ** 28 # logits made at a time on a GPU: 4,096 tokens at V = 65,536, 1 GB in float32
 CHUNK_CPU = 256        # tokens at a time on a CPU: with fewer the products are too small to be fast
@@ -31,9 +32,47 @@ class GPTConfig:
     n_embd: int = 768
 
 
+class RMSNorm(torch.autograd.Function):
+    """
+    What F.rms_norm computes, keeping for the backward pass its output, which what comes next keeps anyway, and a
+    number a row instead of its input: with r = 1 / sqrt(mean(x^2) + eps) and y = r x, dx = r (dy - y mean(dy y)).
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        wide = x.float()
+        r = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + NORM_EPS)       # (..., 1)
+        y = (wide * r).to(x.dtype)
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, r = ctx.saved_tensors
+        g, wide = grad.float(), y.float()
+        return torch.addcmul(g, wide, (g * wide).mean(dim=-1, keepdim=True), value=-1).mul_(r).to(y.dtype)
+
+
 def norm(x):
     """RMSNorm without a learned weight: the mean square over the last dimension becomes 1."""
-    return F.rms_norm(x, (x.size(-1),))
+    # without gradients torch's own is quicker to call
+    return RMSNorm.apply(x) if torch.is_grad_enabled() else F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+class ReluSquared(torch.autograd.Function):
+    """relu(x)^2, keeping for the backward pass its result y alone: dx = 2 relu(x) dy = 2 sqrt(y) dy."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.relu(x).square()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, = ctx.saved_tensors
+        # half of y is zero, and a CPU's float32 square root of exactly zero takes eight times as long as any other
+        return (y + 1e-37).sqrt_().mul_(grad).mul_(2)
 
 
 class Linear(nn.Module):
@@ -105,7 +144,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(ReluSquared.apply(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -137,6 +176,7 @@ class GPT(nn.Module):
         cos, sin = rotary_table(config.sequence_len, config.n_embd // config.n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        self.compiled_parts, self.compiled_shapes = None, set()     # see compiled()
         self.init_weights()
 
     @torch.no_grad()
@@ -173,31 +213,36 @@ class GPT(nn.Module):
         returns  logits (B, T, V) float32, or (B, V) at the positions; with targets the loss instead, in nats,
                  summed over the scored tokens
         """
-        x = self.trunk(idx, kv_cache)
-        if positions is not None:
-            x = x[torch.arange(len(x), device=x.device), positions]        # (B, C)
         if targets is None:
+            x = self.trunk(idx, kv_cache)
+            if positions is not None:
+                x = x[torch.arange(len(x), device=x.device), positions]    # (B, C)
             return capped(self.lm_head(x))
-        x, y = x.flatten(0, 1), targets.flatten()                          # (B*T, C), (B*T,)
+        trunk, chunk, _ = self.compiled_parts or (self.trunk, loss_chunk, None)
+        x, y = trunk(idx, kv_cache).flatten(0, 1), targets.flatten()       # (B*T, C), (B*T,)
         if x.device.type == "cpu" and (y < 0).any():
             # a CPU skips the tokens nobody scores; a GPU would have to wait to learn how many there are
             x, y = x[y >= 0], y[y >= 0]
-        return CappedCrossEntropy.apply(x, self.lm_head.weight, y)
+        return CappedCrossEntropy.apply(x, self.lm_head.weight, y, chunk)
 
     @torch.no_grad()
     def score(self, idx, targets, kv_cache=None):
         """
         For evaluation: how well the n scored targets are predicted, row after row.
 
+        A compiled model takes its compiled parts for batches of a shape that it is trained on. For any other, such as
+        the last rows of an evaluation, nothing is compiled: most come once.
+
         returns  their losses in nats, (n,) float32, and the likeliest token in the place of each, (n,) int64
         """
-        x, scored, losses, best = self.trunk(idx, kv_cache), targets >= 0, [], []
-        x, y, w = x[scored], targets[scored], self.lm_head.weight.to(x.dtype)
-        for rows in chunks(x, w) or [slice(0)]:                            # nothing scored: two empty tensors
-            logits = capped(F.linear(x[rows], w))
-            losses.append(F.cross_entropy(logits, y[rows], reduction="none"))
-            best.append(logits.argmax(dim=1))
-        return torch.cat(losses), torch.cat(best)
+        fast = kv_cache is None and idx.shape in self.compiled_shapes
+        trunk, _, chunk = self.compiled_parts if fast else (self.trunk, None, score_chunk)
+        x, y = trunk(idx, kv_cache).flatten(0, 1), targets.flatten()
+        if not fast:                                                       # how many are scored changes the shapes
+            x, y = x[y >= 0], y[y >= 0]
+        w = self.lm_head.weight.to(x.dtype)
+        losses, best = zip(*[chunk(x[rows], w, y[rows]) for rows in chunks(x, w)])
+        return torch.cat(losses)[y >= 0], torch.cat(best)[y >= 0]
 
     def trunk(self, idx, kv_cache=None):
         """Everything but the output head: (B, T) int64 -> (B, T, C), normalised."""
@@ -222,9 +267,53 @@ def capped(logits):
 
 
 def chunks(x, weight):
-    """Slices over the tokens of x (N, C), so many that their logits (n, V) are not too much at a time."""
-    size = CHUNK_CPU if x.device.type == "cpu" else max(1, CHUNK_LOGITS // weight.size(0))
-    return [slice(start, start + size) for start in range(0, x.size(0), size)]
+    """
+    Slices over the tokens of x (N, C), so many that their logits (n, V) are not too much at a time.
+
+    On a GPU they are of one size where N can be divided so: each size is compiled on its own.
+    """
+    N = x.size(0)
+    if x.device.type == "cpu":
+        size = CHUNK_CPU
+    else:
+        fewest = max(1, -(-N * weight.size(0) // CHUNK_LOGITS))
+        size = max(1, -(-N // next((n for n in range(fewest, 2 * fewest) if N % n == 0), fewest)))
+    return [slice(start, start + size) for start in range(0, max(1, N), size)]  # without tokens one that is empty
+
+
+def loss_chunk(x, w, y, grad_w):
+    """
+    The loss and its gradients for a chunk of tokens: see CappedCrossEntropy.
+
+    x (n, C), w (V, C) of x's type, y (n,); grad_w (V, C) float32, to which the gradient of w is added
+    returns  the loss, float32, and the gradient of x
+    """
+    # tanh(u) = 2 sigmoid(2u) - 1, so with s = sigmoid(2 z / cap) the capped logit is 2 cap s - cap
+    s = F.linear(x, w).float().mul_(2 / LOGIT_CAP).sigmoid_()                        # (n, V)
+    scored, y = (y >= 0).float()[:, None], y.clamp(min=0)[:, None]                   # (n, 1) both
+    if torch.compiler.is_compiling():
+        # on its way from the product to d nothing of (n, V) is stored: logits this small need no maximum taken off
+        # before exp, and to pick or mark one number in a row is a comparison in the passes that are made anyway
+        p = torch.exp(2 * LOGIT_CAP * s - LOGIT_CAP)
+        p = p / p.sum(dim=1, keepdim=True)
+        hot = (torch.arange(p.size(1), device=p.device) == y).float()
+        p_y, p = (p * hot).sum(dim=1, keepdim=True), p - hot
+    else:
+        p = torch.softmax(2 * LOGIT_CAP * s, dim=1)
+        p_y = p.gather(1, y)
+        p.scatter_add_(1, y, torch.full_like(scored, -1.0))
+    loss = -(p_y.log() * scored).sum()                                               # p is at least e^-30 / V
+    # d loss / d z = (probability - one hot) * d (2 cap s) / d z = (p - 1[y]) * 4 s (1 - s)
+    p.mul_(s)
+    d, scale = p.addcmul_(p, s, value=-1).to(x.dtype), (4 * scored).to(x.dtype)
+    grad_w += d.t() @ (x * scale)
+    return loss, (d @ w) * scale
+
+
+def score_chunk(x, w, y):
+    """Each token's loss in nats, 0 where y is -1, and the likeliest token: (n, C), (V, C), (n,) -> (n,) float32, (n,) int64."""
+    logits = capped(F.linear(x, w))
+    return F.cross_entropy(logits, y, ignore_index=-1, reduction="none"), logits.argmax(dim=1)
 
 
 class CappedCrossEntropy(torch.autograd.Function):
@@ -244,29 +333,33 @@ class CappedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, chunk=loss_chunk):
         """x (N, C), weight (V, C) float32, targets (N,) int64 with -1 = not scored -> nats, float32"""
-        total = torch.zeros((), device=x.device)
+        total, w = torch.zeros((), device=x.device), weight.to(x.dtype)
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
-        w = weight.to(x.dtype)
         for rows in chunks(x, weight):
-            # tanh(u) = 2 sigmoid(2u) - 1, so with s = sigmoid(2 z / cap) the capped logit is 2 cap s - cap; a softmax
-            # does not see the constant
-            s = F.linear(x[rows], w).float().mul_(2 / LOGIT_CAP).sigmoid_()          # (n, V)
-            p = torch.softmax(2 * LOGIT_CAP * s, dim=1)                              # at least e^-30 / V: has a log
-            y = targets[rows, None]
-            scored, y = (y >= 0).float(), y.clamp(min=0)                             # (n, 1) both
-            total -= (p.gather(1, y).log() * scored).sum()
-            # d loss / d z = (probability - one hot) * d (2 cap s) / d z = (p - 1[y]) * 4 s (1 - s)
-            p.scatter_add_(1, y, torch.full_like(scored, -1.0)).mul_(s)
-            d, scale = p.addcmul_(p, s, value=-1).to(x.dtype), (4 * scored).to(x.dtype)
-            grad_x[rows] = (d @ w) * scale
-            grad_w += d.t() @ (x[rows] * scale)
-            del s, p, d                                                              # before the next chunk's are made
+            loss, grad_x[rows] = chunk(x[rows], w, targets[rows], grad_w)
+            total += loss
         ctx.save_for_backward(grad_x, grad_w)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None
+        return grad_x * grad, grad_w * grad, None, None
+
+
+def compiled(model):
+    """
+    The model with what takes its time compiled, for training: a function (idx, targets) -> loss as model(idx, targets).
+
+    The trunk is compiled, and the work on one chunk of the logits; the loop over the chunks stays Python. In one graph
+    the compiler would unroll it and put off products of all chunks to its end, with the memory they need.
+    Sizes are fixed in what is compiled: each new shape of idx costs a compilation, so a run should have few.
+    """
+    model.compiled_parts = tuple(torch.compile(part, dynamic=False) for part in (model.trunk, loss_chunk, score_chunk))
+
+    def forward(idx, targets):
+        model.compiled_shapes.add(idx.shape)
+        return model(idx, targets)
+    return forward
