@@ -33,34 +33,24 @@ class GPTConfig:
 
 
 class RMSNorm(torch.autograd.Function):
-    """
-    What F.rms_norm computes, keeping for the backward pass its output, which what comes next keeps anyway, and a
-    number a row instead of its input: with r = 1 / sqrt(mean(x^2) + eps) and y = r x, dx = r (dy - y mean(dy y)).
-    """
+    """F.rms_norm, whose backward pass needs its output y, which the next product keeps anyway, and one number a row."""
 
     @staticmethod
     def forward(ctx, x):
-        wide = x.float()
-        r = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + NORM_EPS)       # (..., 1)
-        y = (wide * r).to(x.dtype)
+        r = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + NORM_EPS)
+        y = (x.float() * r).to(x.dtype)
         ctx.save_for_backward(y, r)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        y, r = ctx.saved_tensors
-        g, wide = grad.float(), y.float()
-        return torch.addcmul(g, wide, (g * wide).mean(dim=-1, keepdim=True), value=-1).mul_(r).to(y.dtype)
-
-
-def norm(x):
-    """RMSNorm without a learned weight: the mean square over the last dimension becomes 1."""
-    # without gradients torch's own is quicker to call
-    return RMSNorm.apply(x) if torch.is_grad_enabled() else F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+        (y, r), g = ctx.saved_tensors, grad.float()
+        # dx = r (dy - y mean(dy y))
+        return torch.addcmul(g, y.float(), (g * y.float()).mean(dim=-1, keepdim=True), value=-1).mul_(r).to(y.dtype)
 
 
 class ReluSquared(torch.autograd.Function):
-    """relu(x)^2, keeping for the backward pass its result y alone: dx = 2 relu(x) dy = 2 sqrt(y) dy."""
+    """relu(x)^2, whose backward pass needs its result y alone."""
 
     @staticmethod
     def forward(ctx, x):
@@ -70,9 +60,20 @@ class ReluSquared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        y, = ctx.saved_tensors
-        # half of y is zero, and a CPU's float32 square root of exactly zero takes eight times as long as any other
-        return (y + 1e-37).sqrt_().mul_(grad).mul_(2)
+        # dx = 2 sqrt(y) dy; a CPU takes eight times as long for the root of exactly zero, which half of y is
+        return (ctx.saved_tensors[0] + 1e-37).sqrt_().mul_(grad).mul_(2)
+
+
+def norm(x):
+    """RMSNorm without a learned weight: the mean square over the last dimension becomes 1."""
+    if torch.is_grad_enabled():
+        return RMSNorm.apply(x)
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)            # quicker to call, which generation notices
+
+
+def relu_squared(x):
+    """As good as GELU, and sparse (arXiv 2109.08668)."""
+    return ReluSquared.apply(x) if torch.is_grad_enabled() else F.relu(x).square()
 
 
 class Linear(nn.Module):
@@ -136,7 +137,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """C to 4C and back, with relu^2 between: as good as GELU and sparse (arXiv 2109.08668)."""
+    """C to 4C and back, with relu^2 between."""
 
     def __init__(self, config):
         super().__init__()
@@ -144,7 +145,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(ReluSquared.apply(self.c_fc(x)))
+        return self.c_proj(relu_squared(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -230,15 +231,15 @@ class GPT(nn.Module):
         """
         For evaluation: how well the n scored targets are predicted, row after row.
 
-        A compiled model takes its compiled parts for batches of a shape that it is trained on. For any other, such as
-        the last rows of an evaluation, nothing is compiled: most come once.
+        A compiled model uses what is compiled for batches of a shape that it is trained on; any other, such as the
+        last rows of an evaluation, comes too seldom.
 
         returns  their losses in nats, (n,) float32, and the likeliest token in the place of each, (n,) int64
         """
         fast = kv_cache is None and idx.shape in self.compiled_shapes
         trunk, _, chunk = self.compiled_parts if fast else (self.trunk, None, score_chunk)
         x, y = trunk(idx, kv_cache).flatten(0, 1), targets.flatten()
-        if not fast:                                                       # how many are scored changes the shapes
+        if not fast:                                                       # then shapes may differ from batch to batch
             x, y = x[y >= 0], y[y >= 0]
         w = self.lm_head.weight.to(x.dtype)
         losses, best = zip(*[chunk(x[rows], w, y[rows]) for rows in chunks(x, w)])
@@ -267,33 +268,28 @@ def capped(logits):
 
 
 def chunks(x, weight):
-    """
-    Slices over the tokens of x (N, C), so many that their logits (n, V) are not too much at a time.
-
-    On a GPU they are of one size where N can be divided so: each size is compiled on its own.
-    """
-    N = x.size(0)
-    if x.device.type == "cpu":
-        size = CHUNK_CPU
-    else:
-        fewest = max(1, -(-N * weight.size(0) // CHUNK_LOGITS))
-        size = max(1, -(-N // next((n for n in range(fewest, 2 * fewest) if N % n == 0), fewest)))
-    return [slice(start, start + size) for start in range(0, max(1, N), size)]  # without tokens one that is empty
+    """Slices over the tokens of x (N, C), so many that their logits (n, V) are not too much at a time."""
+    N, cpu = x.size(0), x.device.type == "cpu"
+    number = max(1, math.ceil(N / (CHUNK_CPU if cpu else max(1, CHUNK_LOGITS // weight.size(0)))))
+    if not cpu:                             # of one size if they can be: another is compiled on its own
+        number = next((n for n in range(number, 2 * number) if N % n == 0), number)
+    size = CHUNK_CPU if cpu else max(1, math.ceil(N / number))
+    return [slice(start, start + size) for start in range(0, max(1, N), size)]  # of no tokens one, which is empty
 
 
 def loss_chunk(x, w, y, grad_w):
     """
-    The loss and its gradients for a chunk of tokens: see CappedCrossEntropy.
+    The loss of n tokens, see CappedCrossEntropy, and its gradients.
 
-    x (n, C), w (V, C) of x's type, y (n,); grad_w (V, C) float32, to which the gradient of w is added
+    x (n, C), w (V, C) of x's type, y (n,); grad_w (V, C) float32: the gradient of w is added to it
     returns  the loss, float32, and the gradient of x
     """
     # tanh(u) = 2 sigmoid(2u) - 1, so with s = sigmoid(2 z / cap) the capped logit is 2 cap s - cap
     s = F.linear(x, w).float().mul_(2 / LOGIT_CAP).sigmoid_()                        # (n, V)
     scored, y = (y >= 0).float()[:, None], y.clamp(min=0)[:, None]                   # (n, 1) both
     if torch.compiler.is_compiling():
-        # on its way from the product to d nothing of (n, V) is stored: logits this small need no maximum taken off
-        # before exp, and to pick or mark one number in a row is a comparison in the passes that are made anyway
+        # two passes over the product make d, and nothing else of (n, V) is stored: logits this small need no maximum
+        # taken off before exp, and one number in a row is picked and marked by comparing
         p = torch.exp(2 * LOGIT_CAP * s - LOGIT_CAP)
         p = p / p.sum(dim=1, keepdim=True)
         hot = (torch.arange(p.size(1), device=p.device) == y).float()
@@ -311,7 +307,7 @@ def loss_chunk(x, w, y, grad_w):
 
 
 def score_chunk(x, w, y):
-    """Each token's loss in nats, 0 where y is -1, and the likeliest token: (n, C), (V, C), (n,) -> (n,) float32, (n,) int64."""
+    """x (n, C), w (V, C), y (n,) -> each token's loss in nats, 0 where y is -1, and the likeliest token, (n,) both."""
     logits = capped(F.linear(x, w))
     return F.cross_entropy(logits, y, ignore_index=-1, reduction="none"), logits.argmax(dim=1)
 
@@ -351,11 +347,11 @@ class CappedCrossEntropy(torch.autograd.Function):
 
 def compiled(model):
     """
-    The model with what takes its time compiled, for training: a function (idx, targets) -> loss as model(idx, targets).
+    Compile a model for training -> a function (idx, targets) that computes model(idx, targets), the loss.
 
-    The trunk is compiled, and the work on one chunk of the logits; the loop over the chunks stays Python. In one graph
-    the compiler would unroll it and put off products of all chunks to its end, with the memory they need.
-    Sizes are fixed in what is compiled: each new shape of idx costs a compilation, so a run should have few.
+    The trunk is compiled, and the work on one chunk of logits; the loop over the chunks stays Python: the compiler
+    would unroll it and put off the products of all chunks to its end, with the memory that takes. Each new shape of
+    idx is compiled anew, up to torch._dynamo.config.recompile_limit (8) times: a run should have few.
     """
     model.compiled_parts = tuple(torch.compile(part, dynamic=False) for part in (model.trunk, loss_chunk, score_chunk))
 
