@@ -70,7 +70,7 @@ machine = start(device, dtype, meta)
 # the model and the length of the run: all sizes follow from depth
 model_config = GPTConfig(sequence_len=max_seq_len, vocab_size=tokenizer.vocab_size,
                          **budget.model_shape(depth, head_dim))
-params, flops = budget.num_params(**vars(model_config)), budget.flops_per_token(**vars(model_config))
+params, flops = budget.num_params(model_config), budget.flops_per_token(model_config)
 rows = budget.rows_per_step(total_batch_size, max_seq_len)
 tokens_per_step = rows * max_seq_len
 total_steps = num_iterations or round(target_param_data_ratio * params["total"] / tokens_per_step)
@@ -79,7 +79,7 @@ if total_steps < 1:
                      "no step to train")
 token_seconds = choose_numerics(machine, dtype, meta and meta["machine"], checkpoint_dir,    # on a CPU by timing
                                 lambda: GPT(model_config), rows)
-B = machine.micro_batch(rows, vars(model_config), meta, device_batch_size, gradient_checkpointing)
+B = machine.micro_batch(rows, model_config, meta, device_batch_size, gradient_checkpointing)
 print0(f"d{depth}: {params['total']:,} parameters, {total_steps * tokens_per_step:,} tokens in "
        f"{budget.steps_text(total_steps, rows, max_seq_len, B)}")
 print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads" +

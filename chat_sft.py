@@ -53,8 +53,8 @@ final_lr_frac = 0.0            # where they fall to, as a share of the full rate
 # evaluation and checkpoints
 eval_every = 100               # steps between evaluations of the loss on held-out answers; 0 = only at the end
 eval_examples = 400            # conversations of such an evaluation
-eval_metrics_every = 200       # steps between tests on the tasks themselves; 0 = only at the end
-eval_metrics_max_problems = 200  # problems per task in such a test; 0 = no tests (chat_eval.py has more)
+eval_metrics_every = 200       # steps between tests on the tasks themselves; 0 = never (chat_eval.py has more)
+eval_metrics_max_problems = 200  # problems per task in such a test; 0 = all
 save_every = 0                 # steps between checkpoints; 0 = only at the end
 resume = 0                     # 1 = continue from the newest checkpoint, if there is one
 # machine
@@ -74,17 +74,16 @@ meta = continue_from("sft", checkpoint_dir, config, resume, parent)
 start_step = meta["step"] if meta else 0
 machine = start(device, dtype, meta or source_meta)
 
-# the batch, fitted to the memory before the weights are in it
-shape, rows = source_meta["model_config"], target_examples_per_step
-max_seq_len, flops = shape["sequence_len"], budget.flops_per_token(**shape)
-B = machine.micro_batch(rows, shape, meta, device_batch_size, gradient_checkpointing)
-
 # weights: those where this stage had got to, or the stage before's
 model, tokenizer = load_model(checkpoint_dir if meta else source_folder, meta or source_meta, machine,
                               gradient_checkpointing)
 optimizers = build_optimizers(model, matrix_lr * init_lr_frac, embedding_lr * init_lr_frac, unembedding_lr * init_lr_frac)
 if meta:
     load_optimizers(checkpoint_dir, optimizers, meta)
+
+# the batch
+rows, max_seq_len, flops = target_examples_per_step, model.config.sequence_len, budget.flops_per_token(model.config)
+B = machine.micro_batch(rows, model.config, meta, device_batch_size, gradient_checkpointing)
 
 # the mixture; who the model is was settled in mid-training
 who = who_is(source_meta)
@@ -135,7 +134,7 @@ for step in range(start_step, total_steps + 1):
             source=parent, tokenizer=tokenizer.fingerprint, flops_per_token=flops, rows=rows,
             conversations=len(train_data), device_batch_size=B, machine=machine.describe(),
             peak_memory=machine.peak_memory()))
-    if eval_metrics_max_problems and due(step, eval_metrics_every, last):
+    if eval_metrics_every and due(step, eval_metrics_every, last):
         for name, task in tests.items():
             right, total = metrics.evaluate_task(Engine(model, tokenizer), task, is_right, eval_metrics_max_problems,
                                                  max_tokens=128)

@@ -9,7 +9,6 @@ import bisect
 import contextlib
 import glob
 import hashlib
-import itertools
 import os
 import re
 import time
@@ -126,30 +125,18 @@ def tokenize_shard(path, tokenizer):
 
 def write_token_file(path, documents):
     """
-    Write documents as one run of uint16, and their masks, if any, as one of uint8.
+    Write documents as one run of uint16, and beside it their masks as one of uint8.
 
-    documents: iterator of (ids, mask); mask None, or 1 for each token that is scored as a target.
-        Either all documents have a mask or none has.
+    documents: iterator of (ids, mask); mask is 1 for each token that is scored as a target
     """
-    mask_path = f"{path[:-len('.bin')]}.mask"
-    documents = iter(documents)
-    first = next(documents, ([], None))
-    masked = first[1] is not None
-    if not masked:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(mask_path)
-    # The inner file is finished first: where the tokens are, their mask is too.
-    mask_file = atomic_write(mask_path) if masked else contextlib.nullcontext()
-    with atomic_write(path) as f, mask_file as g:
-        for ids, mask in itertools.chain([first], documents):
+    # the inner file is finished first: where the tokens are, their mask is too
+    with atomic_write(path) as f, atomic_write(f"{path[:-len('.bin')]}.mask") as g:
+        for ids, mask in documents:
             tokens = np.array(ids, dtype=np.int64)
-            fits = tokens.size == 0 or (tokens.min() >= 0 and tokens.max() < 2**16)
-            assert fits, f"{path}: a token does not fit into uint16"
-            assert (mask is not None) == masked, f"{path}: all documents have a mask, or none"
-            f.write(tokens.astype(np.uint16).tobytes())
-            if masked:
-                assert len(mask) == len(ids), f"{path}: {len(mask)} marks for {len(ids)} tokens"
-                g.write(np.array(mask, dtype=np.uint8).tobytes())
+            assert ((tokens >= 0) & (tokens < 2**16)).all(), f"{path}: a token does not fit into uint16"
+            assert len(mask) == len(ids), f"{path}: {len(mask)} marks for {len(ids)} tokens"
+            f.write(tokens.astype(np.uint16))
+            g.write(np.array(mask, dtype=np.uint8))
 
 
 def make_token_files(shards, tokenizer):

@@ -4,6 +4,12 @@ Midtrain the base model: the chat format, tool use and many small tasks, at full
 The loop is base_train's; what differs is the data, a mixture of conversations in which only what
 the assistant says is scored, and that the weights come from the base model.
 
+The original nanochat scores every token. Measured 2026-11 (d4, vocabulary 8,192, 1.1 M tokens of
+pretraining, then 250 steps of 4,096 tokens either way): bits per byte of held-out answers 2.662 so
+and 2.603 with every token scored; right letters 154 and 156 of 600 in ARC-Easy, 141 and 142 of 600
+in MMLU, both guessing. A base that has hardly begun gains from each word it reads; what a whole
+base gains is not measured yet.
+
 reads   base_checkpoints/<model_tag>/, tokenizer/, task_data/ (from tasks/)
 writes  mid_checkpoints/<model_tag>/{model,optim,meta}_NNNNNN.*, log.jsonl
 run     python mid_train.py
@@ -74,13 +80,6 @@ meta = continue_from("mid", checkpoint_dir, config, resume, source)
 start_step = meta["step"] if meta else 0
 machine = start(device, dtype, meta or base_meta)
 
-# the batch: by default as large as in pretraining; fitted to the memory before the weights are in it
-shape = base_meta["model_config"]
-max_seq_len, flops = shape["sequence_len"], budget.flops_per_token(**shape)
-rows = budget.rows_per_step(total_batch_size, max_seq_len) if total_batch_size else base_meta["rows"]
-tokens_per_step = rows * max_seq_len
-B = machine.micro_batch(rows, shape, meta, device_batch_size, gradient_checkpointing)
-
 # weights: those where this stage had got to, or the base model's
 model, tokenizer = load_model(checkpoint_dir if meta else base_folder, meta or base_meta, machine, gradient_checkpointing)
 optimizers = build_optimizers(model, matrix_lr * init_lr_frac, embedding_lr * init_lr_frac, unembedding_lr * init_lr_frac)
@@ -88,11 +87,13 @@ if meta:
     load_optimizers(checkpoint_dir, optimizers, meta)
 forward = compiled(model) if compile_model and machine.device.type == "cuda" else model
 
-# The mixture: what the model is to become is decided here. Of a conversation only what the assistant says is scored;
-# the original nanochat scores every token. Measured 2026-11 (d4, vocabulary 8,192, 1.1 M tokens of pretraining, then
-# 250 steps of 4,096 tokens either way): bits per byte of held-out answers 2.662 so and 2.603 with every token scored;
-# right letters 154 and 156 of 600 in ARC-Easy, 141 and 142 of 600 in MMLU, both guessing. A base that has hardly begun
-# gains from each word it reads; what a whole base gains is not measured yet.
+# the batch: by default as large as in pretraining
+max_seq_len, flops = model.config.sequence_len, budget.flops_per_token(model.config)
+rows = budget.rows_per_step(total_batch_size, max_seq_len) if total_batch_size else base_meta["rows"]
+tokens_per_step = rows * max_seq_len
+B = machine.micro_batch(rows, model.config, meta, device_batch_size, gradient_checkpointing)
+
+# the mixture: what the model is to become is decided here
 who = dict(name=assistant_name or "nanochat", maker=assistant_maker, facts=assistant_facts)
 own_identity = identity(**who, size=identity_rows) if embedded or assistant_name else identity_file()
 if not embedded:

@@ -29,9 +29,14 @@ class Machine:
     device: torch.device
     dtype: torch.dtype         # what the matrices are multiplied in
     dtype_name: str
-    threads: int               # CPU threads torch may use
     name: str                  # of the device, for people
     peak_flops: float          # 0.0 = unknown, then no MFU
+    free_bytes: float          # at the start, for weights, gradients, optimizer and activations
+
+    @property
+    def threads(self):
+        """CPU threads torch may use."""
+        return torch.get_num_threads()
 
     def synchronize(self):
         """Wait for the device, so that a clock read now is honest."""
@@ -45,17 +50,11 @@ class Machine:
         import resource  # kilobytes, on macOS bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    def free_memory(self):
-        """Bytes for weights, gradients, optimizer and activations; 1 GB on a CPU."""
-        if self.device.type == "cuda":
-            return usable_bytes(torch.cuda.mem_get_info()[0])
-        return CPU_BYTES
-
-    def micro_batch(self, rows, model_config, meta, device_batch_size, gradient_checkpointing):
+    def micro_batch(self, rows, config, meta, device_batch_size, gradient_checkpointing):
         """B, the rows of a micro-batch: as asked for, as in the run that is continued (it rounds alike), or what fits."""
         if meta and meta["world_size"] == WORLD_SIZE:
             device_batch_size = device_batch_size or meta["device_batch_size"]
-        B, _, _ = micro_batches(rows, WORLD_SIZE, device_batch_size, self.free_memory(), model_config, self.dtype.itemsize,
+        B, _, _ = micro_batches(rows, WORLD_SIZE, device_batch_size, self.free_bytes, config, self.dtype.itemsize,
                                 gradient_checkpointing)
         return B
 
@@ -80,20 +79,20 @@ def start(device="", dtype="", meta=None):
     kind, asked = device or best, dtype
     if kind == "cuda" and best != "cuda":
         raise SystemExit("device=cuda: torch finds no CUDA GPU here; leave the knob empty to run without one")
-    chosen, name = torch.device(kind), kind
+    chosen, name, free_bytes = torch.device(kind), kind, CPU_BYTES
     if kind == "cuda":
         if LOCAL_RANK >= torch.cuda.device_count():
             raise SystemExit(f"{WORLD_SIZE} processes, but torch finds {torch.cuda.device_count()} GPUs here; lower NPROC")
         chosen = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")              # TF32 for what stays in float32
-        name = torch.cuda.get_device_name(chosen)
+        name, free_bytes = torch.cuda.get_device_name(chosen), usable_bytes(torch.cuda.mem_get_info()[0])
         # by capability: torch's own is_bf16_supported() also says yes to slow emulation
         dtype = dtype or ("bfloat16" if torch.cuda.get_device_capability(chosen) >= (8, 0) else "float32")
     dtype = dtype or "float32"
     if WORLD_SIZE > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    machine = Machine(chosen, DTYPES[dtype], dtype, torch.get_num_threads(), name, peak_flops(name))
+    machine = Machine(chosen, DTYPES[dtype], dtype, name, peak_flops(name), free_bytes)
     use_numerics(machine, asked, meta and meta.get("machine"))
     return machine
 
@@ -101,12 +100,6 @@ def start(device="", dtype="", meta=None):
 def cores():
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def use_threads(machine, threads):
-    if machine.device.type == "cpu" and threads:
-        torch.set_num_threads(threads)
-    machine.threads = torch.get_num_threads()
 
 
 def choose_numerics(machine, dtype, saved, folder, make_model, rows):
@@ -143,8 +136,8 @@ def use_numerics(machine, dtype, saved):
     emulated = machine.device.type == "cuda" and saved["dtype"] == "bfloat16" and machine.dtype_name == "float32"
     if not dtype and not emulated:                               # a GPU before the A100 would be slow in bfloat16
         machine.dtype_name, machine.dtype = saved["dtype"], DTYPES[saved["dtype"]]
-    if saved.get("cores", cores()) == cores():
-        use_threads(machine, saved["threads"])
+    if machine.device.type == "cpu" and saved.get("cores", cores()) == cores():
+        torch.set_num_threads(saved["threads"])
 
 
 def time_numerics(model, rows):
@@ -152,7 +145,7 @@ def time_numerics(model, rows):
     The fastest of float32 and bfloat16, one thread and all, for a forward and backward pass of a
     step's rows, or of as much of a row as a large model does in about a second.
     """
-    most = max(64, int(TIMED_FLOPS / flops_per_token(**vars(model.config))))
+    most = max(64, int(TIMED_FLOPS / flops_per_token(model.config)))
     T = min(model.config.sequence_len, most)
     idx = torch.arange(max(1, min(rows // WORLD_SIZE, 8, most // T)) * T).view(-1, T) % model.config.vocab_size
     counts = {1, cores()} if WORLD_SIZE == 1 else {max(1, cores() // WORLD_SIZE)}

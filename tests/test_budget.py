@@ -1,9 +1,11 @@
 """Batch arithmetic and what a run costs."""
+from types import SimpleNamespace
+
 import pytest
 
 from plumbing.budget import eval_rows, micro_batches, model_shape, peak_flops, row_bytes, rows_per_step, state_bytes
 
-D12 = dict(sequence_len=1024, vocab_size=65536, **model_shape(12))
+D12 = SimpleNamespace(sequence_len=1024, vocab_size=65536, **model_shape(12))
 
 
 @pytest.mark.parametrize("tokens, T, rows", [(524288, 1024, 512), (524288, 2048, 256), (262144, 1536, 168),
@@ -29,7 +31,7 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits():
         return micro_batches(168, 1, 0, gigabytes * 1e9, D12, 2)[0]
     assert fit(0) == 1 and fit(1000) == 56                  # 56 x 1,024 tokens: more at a time bring nothing
     assert all(168 % fit(g) == 0 for g in range(0, 60, 3))
-    B, need = fit(8), lambda b: state_bytes(**D12) + b * row_bytes(**D12, compute_bytes=2, gradient_checkpointing=False)
+    B, need = fit(8), lambda b: state_bytes(D12) + b * row_bytes(D12, 2, False)
     assert need(B) <= 8e9 < need(min(d for d in range(B + 1, 169) if 168 % d == 0))
 
 
