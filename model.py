@@ -220,6 +220,8 @@ class GPT(nn.Module):
                 x = x[torch.arange(len(x), device=x.device), positions]    # (B, C)
             return capped(self.lm_head(x))
         trunk, chunk, _ = self.compiled_parts or (self.trunk, loss_chunk, None)
+        if self.compiled_parts:
+            self.compiled_shapes.add(idx.shape)
         x, y = trunk(idx, kv_cache).flatten(0, 1), targets.flatten()       # (B*T, C), (B*T,)
         if x.device.type == "cpu" and (y < 0).any():
             # a CPU skips the tokens nobody scores; a GPU would have to wait to learn how many there are
@@ -347,15 +349,11 @@ class CappedCrossEntropy(torch.autograd.Function):
 
 def compiled(model):
     """
-    Compile a model for training -> a function (idx, targets) that computes model(idx, targets), the loss.
+    Compile what model(idx, targets), the loss, takes its time for -> the model itself.
 
     The trunk is compiled, and the work on one chunk of logits; the loop over the chunks stays Python: the compiler
     would unroll it and put off the products of all chunks to its end, with the memory that takes. Each new shape of
     idx is compiled anew, up to torch._dynamo.config.recompile_limit (8) times: a run should have few.
     """
     model.compiled_parts = tuple(torch.compile(part, dynamic=False) for part in (model.trunk, loss_chunk, score_chunk))
-
-    def forward(idx, targets):
-        model.compiled_shapes.add(idx.shape)
-        return model(idx, targets)
-    return forward
+    return model
