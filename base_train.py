@@ -15,7 +15,7 @@ import torch
 from checkpoint import checkpoint_to_resume, load_optimizers, load_weights, save_checkpoint, stage_folder, tokenizer_of
 from data import text_streams, train_shards
 from evals import core, metrics
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, compiled
 from muon import build_optimizers, lr_multiplier, set_schedule
 from plumbing import budget
 from plumbing.common import Log, Progress, due, duration, print0
@@ -98,14 +98,15 @@ if meta:
     load_weights(checkpoint_dir, model, meta)
 model.to(machine.device)
 optimizers = build_optimizers(model, matrix_lr, embedding_lr, unembedding_lr)
-forward = torch.compile(model, dynamic=False) if compile_model and machine.device.type == "cuda" else model
-B, forward = fit_micro_batch(machine, model, forward, optimizers, rows, device_batch_size, meta)
+if compile_model and machine.device.type == "cuda":
+    model = compiled(model)
+B, forward = fit_micro_batch(machine, model, optimizers, rows, device_batch_size, meta)
 if meta:
     load_optimizers(checkpoint_dir, optimizers, meta)
 print0(f"d{depth}: {params['total']:,} parameters, {total_steps * tokens_per_step:,} tokens in "
        f"{budget.steps_text(total_steps, rows, max_seq_len, B)}")
-print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads" +
-       (f"; about {duration(token_seconds * total_steps * tokens_per_step)} for all steps" if token_seconds else ""))
+if token_seconds:
+    print0(f"about {duration(token_seconds * total_steps * tokens_per_step)} for all steps")
 
 val_bpb = meta["val_bpb"] if meta else None
 log = Log(checkpoint_dir, start_step, run, config)

@@ -81,7 +81,7 @@ optimizers = build_optimizers(model, matrix_lr * init_lr_frac, embedding_lr * in
 
 # the batch
 rows, max_seq_len, flops = target_examples_per_step, model.config.sequence_len, budget.flops_per_token(model.config)
-B, forward = fit_micro_batch(machine, model, model, optimizers, rows, device_batch_size, meta)
+B, forward = fit_micro_batch(machine, model, optimizers, rows, device_batch_size, meta)
 if meta:
     load_optimizers(checkpoint_dir, optimizers, meta)
 
@@ -112,7 +112,6 @@ tests = {name: test for name, test in all_tests(embedded, who).items() if name i
 total_steps = meta["num_iterations"] if meta else num_iterations or max(1, len(train_data) // rows)
 print0(f"{len(train_data):,} conversations, {total_steps * rows / len(train_data):.2f} epochs in "
        f"{budget.steps_text(total_steps, rows, max_seq_len, B)}")
-print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads")
 
 val_loss = meta["val_loss"] if meta else None
 log = Log(checkpoint_dir, start_step, run, config)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 LOGIT_CAP = 15.0       # logits live in (-15, 15): 15 * tanh(logits / 15)
+NORM_EPS = torch.finfo(torch.float32).eps          # whatever the model computes in
 ROPE_BASE = 10000.0    # the slowest rotary channel turns once in about 2 pi * 10,000 tokens
 CHUNK_LOGITS = 2 ** 28 # logits made at a time on a GPU: 4,096 tokens at V = 65,536, 1 GB in float32
 CHUNK_CPU = 256        # tokens at a time on a CPU: with fewer the products are too small to be fast
@@ -31,9 +32,48 @@ class GPTConfig:
     n_embd: int = 768
 
 
+class RMSNorm(torch.autograd.Function):
+    """F.rms_norm, whose backward pass needs its output y, which the next product keeps anyway, and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x):
+        r = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + NORM_EPS)
+        y = (x.float() * r).to(x.dtype)
+        ctx.save_for_backward(y, r)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y, r), g = ctx.saved_tensors, grad.float()
+        # dx = r (dy - y mean(dy y))
+        return torch.addcmul(g, y.float(), (g * y.float()).mean(dim=-1, keepdim=True), value=-1).mul_(r).to(y.dtype)
+
+
+class ReluSquared(torch.autograd.Function):
+    """relu(x)^2, whose backward pass needs its result y alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.relu(x).square()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        # dx = 2 sqrt(y) dy; a CPU takes eight times as long for the root of exactly zero, which half of y is
+        return (ctx.saved_tensors[0] + 1e-37).sqrt_().mul_(grad).mul_(2)
+
+
 def norm(x):
     """RMSNorm without a learned weight: the mean square over the last dimension becomes 1."""
-    return F.rms_norm(x, (x.size(-1),))
+    if torch.is_grad_enabled():
+        return RMSNorm.apply(x)
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)            # quicker to call, which generation notices
+
+
+def relu_squared(x):
+    """As good as GELU, and sparse (arXiv 2109.08668)."""
+    return ReluSquared.apply(x) if torch.is_grad_enabled() else F.relu(x).square()
 
 
 class Linear(nn.Module):
@@ -97,7 +137,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """C to 4C and back, with relu^2 between: as good as GELU and sparse (arXiv 2109.08668)."""
+    """C to 4C and back, with relu^2 between."""
 
     def __init__(self, config):
         super().__init__()
@@ -105,7 +145,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(relu_squared(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -137,6 +177,7 @@ class GPT(nn.Module):
         cos, sin = rotary_table(config.sequence_len, config.n_embd // config.n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        self.compiled_parts, self.compiled_shapes = None, set()     # see compiled()
         self.init_weights()
 
     @torch.no_grad()
@@ -173,31 +214,38 @@ class GPT(nn.Module):
         returns  logits (B, T, V) float32, or (B, V) at the positions; with targets the loss instead, in nats,
                  summed over the scored tokens
         """
-        x = self.trunk(idx, kv_cache)
-        if positions is not None:
-            x = x[torch.arange(len(x), device=x.device), positions]        # (B, C)
         if targets is None:
+            x = self.trunk(idx, kv_cache)
+            if positions is not None:
+                x = x[torch.arange(len(x), device=x.device), positions]    # (B, C)
             return capped(self.lm_head(x))
-        x, y = x.flatten(0, 1), targets.flatten()                          # (B*T, C), (B*T,)
+        trunk, chunk, _ = self.compiled_parts or (self.trunk, loss_chunk, None)
+        if self.compiled_parts:
+            self.compiled_shapes.add(idx.shape)
+        x, y = trunk(idx, kv_cache).flatten(0, 1), targets.flatten()       # (B*T, C), (B*T,)
         if x.device.type == "cpu" and (y < 0).any():
             # a CPU skips the tokens nobody scores; a GPU would have to wait to learn how many there are
             x, y = x[y >= 0], y[y >= 0]
-        return CappedCrossEntropy.apply(x, self.lm_head.weight, y)
+        return CappedCrossEntropy.apply(x, self.lm_head.weight, y, chunk)
 
     @torch.no_grad()
     def score(self, idx, targets, kv_cache=None):
         """
         For evaluation: how well the n scored targets are predicted, row after row.
 
+        A compiled model uses what is compiled for batches of a shape that it is trained on; any other, such as the
+        last rows of an evaluation, comes too seldom.
+
         returns  their losses in nats, (n,) float32, and the likeliest token in the place of each, (n,) int64
         """
-        x, scored, losses, best = self.trunk(idx, kv_cache), targets >= 0, [], []
-        x, y, w = x[scored], targets[scored], self.lm_head.weight.to(x.dtype)
-        for rows in chunks(x, w) or [slice(0)]:                            # nothing scored: two empty tensors
-            logits = capped(F.linear(x[rows], w))
-            losses.append(F.cross_entropy(logits, y[rows], reduction="none"))
-            best.append(logits.argmax(dim=1))
-        return torch.cat(losses), torch.cat(best)
+        fast = kv_cache is None and idx.shape in self.compiled_shapes
+        trunk, _, chunk = self.compiled_parts if fast else (self.trunk, None, score_chunk)
+        x, y = trunk(idx, kv_cache).flatten(0, 1), targets.flatten()
+        if not fast:                                                       # then shapes may differ from batch to batch
+            x, y = x[y >= 0], y[y >= 0]
+        w = self.lm_head.weight.to(x.dtype)
+        losses, best = zip(*[chunk(x[rows], w, y[rows]) for rows in chunks(x, w)])
+        return torch.cat(losses)[y >= 0], torch.cat(best)[y >= 0]
 
     def trunk(self, idx, kv_cache=None):
         """Everything but the output head: (B, T) int64 -> (B, T, C), normalised."""
@@ -223,8 +271,47 @@ def capped(logits):
 
 def chunks(x, weight):
     """Slices over the tokens of x (N, C), so many that their logits (n, V) are not too much at a time."""
-    size = CHUNK_CPU if x.device.type == "cpu" else max(1, CHUNK_LOGITS // weight.size(0))
-    return [slice(start, start + size) for start in range(0, x.size(0), size)]
+    N, cpu = x.size(0), x.device.type == "cpu"
+    number = max(1, math.ceil(N / (CHUNK_CPU if cpu else max(1, CHUNK_LOGITS // weight.size(0)))))
+    if not cpu:                             # of one size if they can be: another is compiled on its own
+        number = next((n for n in range(number, 2 * number) if N % n == 0), number)
+    size = CHUNK_CPU if cpu else max(1, math.ceil(N / number))
+    return [slice(start, start + size) for start in range(0, max(1, N), size)]  # of no tokens one, which is empty
+
+
+def loss_chunk(x, w, y, grad_w):
+    """
+    The loss of n tokens, see CappedCrossEntropy, and its gradients.
+
+    x (n, C), w (V, C) of x's type, y (n,); grad_w (V, C) float32: the gradient of w is added to it
+    returns  the loss, float32, and the gradient of x
+    """
+    # tanh(u) = 2 sigmoid(2u) - 1, so with s = sigmoid(2 z / cap) the capped logit is 2 cap s - cap
+    s = F.linear(x, w).float().mul_(2 / LOGIT_CAP).sigmoid_()                        # (n, V)
+    scored, y = (y >= 0).float()[:, None], y.clamp(min=0)[:, None]                   # (n, 1) both
+    if torch.compiler.is_compiling():
+        # two passes over the product make d, and nothing else of (n, V) is stored: logits this small need no maximum
+        # taken off before exp, and one number in a row is picked and marked by comparing
+        p = torch.exp(2 * LOGIT_CAP * s - LOGIT_CAP)
+        p = p / p.sum(dim=1, keepdim=True)
+        hot = (torch.arange(p.size(1), device=p.device) == y).float()
+        p_y, p = (p * hot).sum(dim=1, keepdim=True), p - hot
+    else:
+        p = torch.softmax(2 * LOGIT_CAP * s, dim=1)
+        p_y = p.gather(1, y)
+        p.scatter_add_(1, y, torch.full_like(scored, -1.0))
+    loss = -(p_y.log() * scored).sum()                                               # p is at least e^-30 / V
+    # d loss / d z = (probability - one hot) * d (2 cap s) / d z = (p - 1[y]) * 4 s (1 - s)
+    p.mul_(s)
+    d, scale = p.addcmul_(p, s, value=-1).to(x.dtype), (4 * scored).to(x.dtype)
+    grad_w += d.t() @ (x * scale)
+    return loss, (d @ w) * scale
+
+
+def score_chunk(x, w, y):
+    """x (n, C), w (V, C), y (n,) -> each token's loss in nats, 0 where y is -1, and the likeliest token, (n,) both."""
+    logits = capped(F.linear(x, w))
+    return F.cross_entropy(logits, y, ignore_index=-1, reduction="none"), logits.argmax(dim=1)
 
 
 class CappedCrossEntropy(torch.autograd.Function):
@@ -244,29 +331,29 @@ class CappedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, chunk=loss_chunk):
         """x (N, C), weight (V, C) float32, targets (N,) int64 with -1 = not scored -> nats, float32"""
-        total = torch.zeros((), device=x.device)
+        total, w = torch.zeros((), device=x.device), weight.to(x.dtype)
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
-        w = weight.to(x.dtype)
         for rows in chunks(x, weight):
-            # tanh(u) = 2 sigmoid(2u) - 1, so with s = sigmoid(2 z / cap) the capped logit is 2 cap s - cap; a softmax
-            # does not see the constant
-            s = F.linear(x[rows], w).float().mul_(2 / LOGIT_CAP).sigmoid_()          # (n, V)
-            p = torch.softmax(2 * LOGIT_CAP * s, dim=1)                              # at least e^-30 / V: has a log
-            y = targets[rows, None]
-            scored, y = (y >= 0).float(), y.clamp(min=0)                             # (n, 1) both
-            total -= (p.gather(1, y).log() * scored).sum()
-            # d loss / d z = (probability - one hot) * d (2 cap s) / d z = (p - 1[y]) * 4 s (1 - s)
-            p.scatter_add_(1, y, torch.full_like(scored, -1.0)).mul_(s)
-            d, scale = p.addcmul_(p, s, value=-1).to(x.dtype), (4 * scored).to(x.dtype)
-            grad_x[rows] = (d @ w) * scale
-            grad_w += d.t() @ (x[rows] * scale)
-            del s, p, d                                                              # before the next chunk's are made
+            loss, grad_x[rows] = chunk(x[rows], w, targets[rows], grad_w)
+            total += loss
         ctx.save_for_backward(grad_x, grad_w)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None
+        return grad_x * grad, grad_w * grad, None, None
+
+
+def compiled(model):
+    """
+    Compile what model(idx, targets), the loss, takes its time for -> the model itself.
+
+    The trunk is compiled, and the work on one chunk of logits; the loop over the chunks stays Python: the compiler
+    would unroll it and put off the products of all chunks to its end, with the memory that takes. Each new shape of
+    idx is compiled anew, up to torch._dynamo.config.recompile_limit (8) times: a run should have few.
+    """
+    model.compiled_parts = tuple(torch.compile(part, dynamic=False) for part in (model.trunk, loss_chunk, score_chunk))
+    return model

@@ -72,11 +72,12 @@ fi
 show() { printf '$'; printf ' %q' "$@"; echo; }
 run() { if [ "$NODE_RANK" = 0 ]; then show "$@"; "$@"; fi; }
 # the launcher of the training stages: torchrun only where there are several processes; what follows -- is not for it
-launcher=(python)
-if [ "$NNODES" != 1 ]; then
+if [ "$NNODES" = 1 ] && [ "$NPROC" = 1 ]; then launcher=(python)
+elif [ "$NNODES" = 1 ]; then launcher=(python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" --)
+else
     launcher=(python -m torch.distributed.run --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC"
               --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --)
-elif [ "$NPROC" != 1 ]; then launcher=(python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" --); fi
+fi
 launch() { show "${launcher[@]}" "$@"; "${launcher[@]}" "$@"; }
 # the same question after each stage: a base model goes on with it, mid-training teaches to answer
 ask() { run python chat_cli.py -i "$1" --model_tag="$2" --max_tokens=48 -p "Who are you?"; }

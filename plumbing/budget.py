@@ -142,11 +142,12 @@ def row_bytes(config, compute_bytes, gradient_checkpointing):
     """
     Memory of one row of a micro-batch in a training step, in bytes.
 
-    Per token and layer about 14 values of the model's width stay for the backward pass; with
-    gradient checkpointing one per layer and the 14 of the layer at work. The logits do not
+    Per token and layer 10 values of the model's width stay for the backward pass, compiled or not:
+    what the two norms, q, k, v, attention and relu^2 (4) give; 4 more at the two ends. With gradient
+    checkpointing one per layer, and the layer at work, for which 16 are enough. The logits do not
     count: model.py makes them a chunk of tokens at a time.
     """
-    kept = config.n_layer + 14 if gradient_checkpointing else 14 * config.n_layer
+    kept = config.n_layer + 16 if gradient_checkpointing else 10 * config.n_layer + 4
     return config.sequence_len * config.n_embd * kept * compute_bytes
 
 

@@ -19,38 +19,38 @@ FASTER = 1.02          # a larger micro-batch has to gain 2 %, or it only costs 
 RESERVE = 0.05         # share of the memory that stays free while trying: fragments come later
 
 
-def fit_micro_batch(machine, model, forward, optimizers, rows, asked, meta):
+def fit_micro_batch(machine, model, optimizers, rows, asked, meta):
     """
     B, the rows of a micro-batch, the same on all ranks. It changes the speed and the memory, never the training.
 
-    forward  what will be trained through, compiled or not: forward(idx, targets) -> loss
     asked    rows wanted; 0 = as in `meta`, the meta of the run that is continued, or the most that are of use
-    returns  (B, forward): forward adds up the gradients of all ranks; it is the plain model where it can't be
-             compiled here, and model.gradient_checkpointing is on where a single row does not fit without
+    returns  (B, forward): forward(idx, targets) -> loss is the model, whose gradients are added up over all ranks.
+             A model that can't be compiled here is no longer so; gradient checkpointing is on where one row
+             does not fit without
     raises   SystemExit where nothing fits
     """
+    print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads")
     share, T, config = -(-rows // WORLD_SIZE), model.config.sequence_len, model.config
     asked = asked or (meta["device_batch_size"] if meta and meta["world_size"] == WORLD_SIZE else 0)
     guess = lambda: micro_batch(rows, WORLD_SIZE, asked, machine.free_bytes, config, machine.dtype.itemsize,
                                 model.gradient_checkpointing)
     if machine.device.type != "cuda":
-        return guess(), over_ranks(model, forward)
+        return guess(), over_ranks(model)
     path, key = base_path("fit.json"), f"{machine.name}, {machine.free_bytes / 1e9:.0f} GB free, {machine.dtype_name}, " \
         f"torch {torch.__version__}, {config}, {share} rows, checkpointing {model.gradient_checkpointing}"
     known = read_known(path)
     settled = asked or known.get(key, 0)                         # tried all the same: it may not fit any more
 
     def tried(B):
-        nonlocal forward
         try:
-            return attempt(machine, model, forward, optimizers, B)
+            return attempt(machine, model, optimizers, B)
         except Exception as error:                               # no compiler, no Python.h, a bug in torch: of all kinds
-            if forward is model:
+            if not model.compiled_parts:
                 raise
-            forward = model
+            model.compiled_parts = None
             print0("torch.compile fails here, goes on without, more slowly: "
                    f"{(str(error).strip() or repr(error)).splitlines()[0]:.200}")
-            return attempt(machine, model, forward, optimizers, B)
+            return attempt(machine, model, optimizers, B)
 
     first, most = smallest_over_ranks([settled or guess(), 0 if settled else MICRO_TOKENS // T], machine.device)
     B, speed = largest_that_runs(share, first, most, tried)
@@ -69,7 +69,7 @@ def fit_micro_batch(machine, model, forward, optimizers, rows, asked, meta):
         with atomic_write(path, "w") as f:
             json.dump({**known, key: B}, f, indent=1)
     torch.cuda.reset_peak_memory_stats()
-    return B, over_ranks(model, forward)
+    return B, over_ranks(model)
 
 
 def read_known(path):
@@ -102,7 +102,7 @@ def largest_that_runs(share, first, most, attempt):
     return B, speed
 
 
-def attempt(machine, model, forward, optimizers, B):
+def attempt(machine, model, optimizers, B):
     """
     Tokens per second, of all ranks, in micro-batches of B rows; 0.0 where the memory of one rank does not suffice.
 
@@ -122,7 +122,7 @@ def attempt(machine, model, forward, optimizers, B):
             machine.synchronize()
             clock = time.perf_counter()
             try:
-                forward(idx, idx).backward()                     # added to what the turn before left, as in a step
+                model(idx, idx).backward()                       # added to what the turn before left, as in a step
             except torch.OutOfMemoryError:
                 failed = 1
             machine.synchronize()

@@ -195,24 +195,21 @@ def to_device(array, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def over_ranks(model, forward):
+def over_ranks(model):
     """
-    forward for training on all ranks: forward(idx, targets) -> this rank's loss.
+    The model as it is trained on all ranks: torch adds up their gradients in buckets, while the rest is computed.
 
-    Several ranks: torch adds up their gradients in buckets while the backward pass still computes the rest. Which
-    pass of a step does that last_pass says. forward is the model, or a compiled form of it.
+    Which backward pass of a step does that is said by last_pass.
     """
     if WORLD_SIZE == 1:
-        return forward
-    step = torch.nn.Module()
-    step.model, step.forward = model, lambda idx, targets: forward(idx, targets)
-    step = DistributedDataParallel(step, gradient_as_bucket_view=True)
+        return model
+    forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def add_up(_, bucket):                                       # torch's own way is the mean
         return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
-    step.register_comm_hook(None, add_up)
-    return step
+    forward.register_comm_hook(None, add_up)
+    return forward
 
 
 def last_pass(forward, is_last):

@@ -18,7 +18,7 @@ def test_a_try_leaves_everything_as_it_was():
     optimizers = build_optimizers(model, 0.02, 0.2, 0.004)
     weights = {name: p.clone() for name, p in model.named_parameters()}
     rates, random = [g["lr"] for o in optimizers for g in o.param_groups], torch.get_rng_state()
-    assert fit.attempt(cpu, model, model, optimizers, 2) > 0
+    assert fit.attempt(cpu, model, optimizers, 2) > 0
     assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in model.named_parameters())
     assert rates == [g["lr"] for o in optimizers for g in o.param_groups]
     assert not any(o.state for o in optimizers) and torch.equal(random, torch.get_rng_state())
@@ -36,7 +36,9 @@ def test_memory_that_runs_out_anywhere_is_a_try_that_failed(where, monkeypatch):
         monkeypatch.setattr(model, "score", full)
     if where == "optimizer":
         monkeypatch.setattr(optimizers[1], "step", full)
-    assert fit.attempt(cpu, model, full if where == "forward" else model, optimizers, 2) == 0.0
+    if where == "forward":
+        monkeypatch.setattr(model, "forward", full)
+    assert fit.attempt(cpu, model, optimizers, 2) == 0.0
     assert all(p.grad is None for p in model.parameters()) and not any(o.state for o in optimizers)
 
 
@@ -45,24 +47,25 @@ def gpu(monkeypatch, tmp_path):
     """A machine that says it is a GPU; `limit` is its memory, and a try fails beyond it."""
     monkeypatch.setattr(fit, "base_path", lambda name: str(tmp_path / name))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(fit, "over_ranks", lambda model, forward: forward)
-    played = SimpleNamespace(device=torch.device("cuda"), name="NVIDIA Toy", dtype=torch.bfloat16, dtype_name="bfloat16",
+    monkeypatch.setattr(fit, "over_ranks", lambda model: model)
+    played = SimpleNamespace(threads=2, device=torch.device("cuda"), name="NVIDIA Toy", dtype=torch.bfloat16, dtype_name="bfloat16",
                              free_bytes=1e9, peak_memory=lambda: 5e8, limit=1e9, tries=[])
 
-    def attempt(machine, model, forward, optimizers, B):
+    def attempt(machine, model, optimizers, B):
         played.tries.append(B)
         need = state_bytes(model.config) + B * row_bytes(model.config, 2, model.gradient_checkpointing)
-        if forward is not model:
-            forward()
+        if model.compiled_parts:
+            raise RuntimeError("Python.h: no such file\nand a page of it")
         return 1000 * B / (B + 1) if need <= played.limit else 0.0
 
     monkeypatch.setattr(fit, "attempt", attempt)
     return played
 
 
-def fitted(gpu, rows=48, asked=0, meta=None, forward=None):
+def fitted(gpu, rows=48, asked=0, meta=None, compiled_parts=None):
     model = GPT(CONFIG)
-    return *fit.fit_micro_batch(gpu, model, forward or model, [], rows, asked, meta), model
+    model.compiled_parts = compiled_parts
+    return *fit.fit_micro_batch(gpu, model, [], rows, asked, meta), model
 
 
 def test_a_size_is_found_once_and_tried_again_at_the_next_start(gpu, capsys):
@@ -89,15 +92,13 @@ def test_what_is_asked_for_or_was_used_before_is_taken_where_it_fits(gpu):
 def test_checkpointing_comes_last_and_then_one_line(gpu, capsys):
     gpu.limit = state_bytes(CONFIG) + 2 * row_bytes(CONFIG, 2, False)
     assert not fitted(gpu)[2].gradient_checkpointing
-    gpu.limit = state_bytes(CONFIG) + 0.5 * row_bytes(CONFIG, 2, True)
+    gpu.limit = state_bytes(CONFIG)
     with pytest.raises(SystemExit, match="not even one row of 64 tokens fits .*DEPTH=1 or less"):
         fitted(gpu)
     assert "gradient checkpointing goes on" in capsys.readouterr().out
 
 
 def test_what_does_not_compile_is_one_line_and_goes_on(gpu, capsys):
-    def broken():
-        raise RuntimeError("Python.h: no such file\nand a page of it")
-    B, forward, model = fitted(gpu, forward=broken)
-    assert B == 48 and forward is model
-    assert capsys.readouterr().out.count("\n") == 2
+    B, forward, model = fitted(gpu, compiled_parts=(None, None, None))
+    assert B == 48 and forward is model and model.compiled_parts is None
+    assert "torch.compile fails here" in (out := capsys.readouterr().out) and out.count("\n") == 3

@@ -1,4 +1,5 @@
 """Laws of the model: what it must be, whatever its weights."""
+import functools
 import math
 
 import pytest
@@ -6,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from model import GPT, LOGIT_CAP, CappedCrossEntropy, GPTConfig
+from engine import KVCache
+from model import GPT, LOGIT_CAP, NORM_EPS, CappedCrossEntropy, GPTConfig, compiled, loss_chunk, norm, relu_squared
 from plumbing.budget import flops_per_token, model_shape, num_params
 
 
@@ -59,7 +61,8 @@ def test_every_weight_is_written_by_init_weights(monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 5, 10_000])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_chunked_loss_and_its_gradients_are_those_of_the_plain_one(monkeypatch, chunk, masked):
+@pytest.mark.parametrize("body", [loss_chunk, torch.compile(loss_chunk, backend="aot_eager", dynamic=False)])
+def test_the_chunked_loss_and_its_gradients_are_those_of_the_plain_one(monkeypatch, chunk, masked, body):
     monkeypatch.setattr(model_module, "CHUNK_CPU", chunk)
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(23, 8, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -69,7 +72,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_plain_one(monkeypat
         y[::3] = -1
     plain = F.cross_entropy(LOGIT_CAP * torch.tanh((x @ w.t()) / LOGIT_CAP), y, ignore_index=-1, reduction="sum")
     want = torch.autograd.grad(plain, (x, w))
-    loss = CappedCrossEntropy.apply(x, w, y)
+    loss = CappedCrossEntropy.apply(x, w, y, body)
     got = torch.autograd.grad(3 * loss, (x, w))
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     for g, v in zip(got, want):                          # float32 inside, so not to the last digit
@@ -123,18 +126,92 @@ def test_gradient_checkpointing_changes_nothing():
         assert torch.equal(a.grad, b.grad)
 
 
+def same_gradients(a, b):
+    for p, q in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_loss_equals_eager_loss():
-    model = small()
+    model, other = small(), small()
     idx = tokens(model)
-    compiled = torch.compile(model, backend="aot_eager")  # traces everything, needs no C compiler
-    a, b = model(idx, idx), compiled(idx, idx)
+    a, b = model(idx, idx), torch.compile(other, backend="aot_eager")(idx, idx)   # traces all, needs no C compiler
     a.backward()
-    gradients = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
     b.backward()
     torch.testing.assert_close(a, b)
-    for p, g in zip(model.parameters(), gradients):
-        torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-5)
+    same_gradients(model, other)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_equals_eager_and_only_training_shapes_are_compiled(monkeypatch, checkpointing):
+    from torch._dynamo.utils import counters
+    torch.compiler.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(model_module, "CHUNK_CPU", 8)
+    model, other = small(depth=1), small(depth=1)
+    other.gradient_checkpointing = checkpointing
+    idx, forward = tokens(model, B=2, T=17), compiled(other)                     # 34 tokens: the last chunk has 2
+    for _ in range(2):
+        a, b = model(idx, idx), forward(idx, idx)
+        a.backward()
+        b.backward()
+        torch.testing.assert_close(a, b)
+    same_gradients(model, other)
+    assert counters["stats"]["unique_graphs"] == 3                               # the trunk, a chunk, the last chunk
+    for rows, graphs in ((2, 6), (1, 6)):                                        # without gradients they are others
+        scores, want = other.score(idx[:rows], idx[:rows]), model.score(idx[:rows], idx[:rows])
+        torch.testing.assert_close(scores[0], want[0])
+        assert torch.equal(scores[1], want[1]) and counters["stats"]["unique_graphs"] == graphs
+    y = idx.clone()
+    y[0, :5] = -1
+    torch.testing.assert_close(other.score(idx, y)[0], model.score(idx, y)[0])
+    assert counters["stats"]["unique_graphs"] == 6
+    cache = KVCache(other, 2, 20)
+    torch.testing.assert_close(other(idx, kv_cache=cache), model(idx))
+    assert counters["stats"]["unique_graphs"] == 6
+
+
+def test_on_a_gpu_chunks_are_alike_where_they_can_be():
+    def sizes(N, V=65536):
+        weight = torch.empty(V, 8, device="meta")
+        covered = [range(N)[rows] for rows in model_module.chunks(torch.empty(N, 8, device="meta"), weight)]
+        assert [i for part in covered for i in part] == list(range(N))
+        return [len(part) for part in covered]
+    assert sizes(65536) == [4096] * 16 and sizes(42 * 1536) == [4032] * 16 and sizes(43 * 1536) == [2752] * 24
+    assert sizes(300) == [300] and sizes(0) == [0] and sizes(4099) == [2050, 2049]
+    assert sizes(7, V=2 ** 30) == [1] * 7
+
+
+@pytest.mark.parametrize("ours, plain", [(norm, lambda x: F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)),
+                                         (relu_squared, lambda x: F.relu(x).square())])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_functions_with_a_backward_pass_of_their_own(ours, plain, dtype, tolerance):
+    generator = torch.Generator().manual_seed(5)
+    for size in (1.0, 1e-4):                                                     # at 1e-4 a norm's epsilon counts
+        x = (size * torch.randn(3, 7, 32, generator=generator)).to(dtype)
+        x[0, 0], x[1, 1, ::2] = 0, 0
+        dy = torch.randn(x.shape, generator=generator).to(dtype)
+        exact, mine = x.double().requires_grad_(), x.clone().requires_grad_()
+        y = ours(mine)
+        assert y.dtype == dtype and torch.equal(y, plain(x)) and torch.equal(ours(x), y)
+        with torch.inference_mode():
+            assert torch.equal(ours(x), y)
+        [want], [got] = torch.autograd.grad(plain(exact), exact, dy.double()), torch.autograd.grad(y, mine, dy)
+        assert got.dtype == dtype and (got.double() - want).norm() <= tolerance * want.norm()
+
+
+def test_what_a_layer_keeps_for_the_backward_pass():
+    model, kept = small(depth=2, head_dim=64, vocab_size=8), {}
+    idx = tokens(model, B=4, T=64)
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model.trunk(idx)
+    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    values = sum(n for key, n in kept.items() if key not in weights) / 4 / idx.numel() / model.config.n_embd
+    assert values / model.config.n_layer < 11.5    # 2 norms, q, k, v, attention, 4 relu^2: 10; and the two ends
 
 
 def test_bfloat16_is_close_to_float32():

@@ -7,6 +7,7 @@ a few seconds, most of it the start of Python.
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -115,6 +116,22 @@ def test_two_ranks_are_one_process(trained, copy, stage):
     assert losses(copy / FOLDER[stage]) == pytest.approx(two, rel=1e-5)
 
 
+def test_two_machines_of_two_ranks_are_one_process(trained, copy, port):
+    shutil.rmtree(copy / FOLDER["base"])
+    argv = [arg for arg in STAGES["base"] if "num_iter" not in arg] + ["--num_iterations=4", "--warmdown_ratio=0.0"]
+    machines = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={rank}",
+                                  "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}", *argv], cwd=ROOT,
+                                 env=dict(os.environ, NANOCHAT_BASE_DIR=str(copy), OMP_NUM_THREADS="1"),
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (1, 0)]
+    said = [machine.communicate()[0] for machine in machines]
+    assert not any(machine.returncode for machine in machines), "".join(said)
+    one = losses(trained / FOLDER["base"])                       # its rates begin to fall later
+    assert losses(copy / FOLDER["base"]) == pytest.approx({step: one[step] for step in range(4)}, rel=1e-5)
+    with open(copy / FOLDER["base"] / "meta_000004.json") as f:
+        meta = json.load(f)
+    assert meta["world_size"] == 4 and len([name for name in meta["files"] if name.startswith("optim")]) == 4
+
+
 def test_a_run_continues_on_another_number_of_ranks(trained, copy):
     folder = copy / FOLDER["base"]
     for name in os.listdir(folder):
@@ -217,7 +234,7 @@ def test_edited_code_is_said_wherever_old_weights_meet_it(trained, tmp_path):
         assert done.returncode == 0, done.stderr
         return "model.py changed since" in done.stdout + done.stderr
 
-    new = old.replace("F.relu(self.c_fc(x)).square()", "F.gelu(self.c_fc(x))")
+    new = old.replace("relu_squared(self.c_fc(x))", "F.gelu(self.c_fc(x))")
     comment = old.replace("class MLP", "# a remark\nclass MLP").replace('"""Two layers', '"""Both layers')
     assert old != new and old != comment
     assert said(new, *STAGES["base"], "--resume=1") and not said(comment, *STAGES["base"], "--resume=1")
@@ -239,16 +256,28 @@ def test_a_divergence_stops_before_the_weights_are_touched(copy):
     assert all(torch.isfinite(w).all() for name in saved for w in torch.load(copy / FOLDER["base"] / name).values())
 
 
-def test_the_launcher_hands_every_flag_on(tmp_path):
+@pytest.fixture
+def port():
+    """A TCP port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_the_launcher_hands_every_flag_on(tmp_path, port):
     with open(os.path.join(ROOT, "pipeline.sh"), encoding="utf-8") as f:
-        launch = "".join(line for line in f if line.startswith(("launch()", "show()", "run()")))
+        launch = f.read().partition("# every command is shown")[2].partition("# the same question")[0]
     script = tmp_path / "script.py"
     script.write_text("import sys; print(sys.argv[1:], flush=True)")
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-    for processes in (1, 2):
-        done = subprocess.run(["bash", "-c", f"{launch}launch {script} --run= --resume=1"], capture_output=True, text=True,
-                              env=dict(os.environ, NPROC=str(processes), PATH=path))
-        assert done.stdout.count("['--run=', '--resume=1']") == processes, done.stdout + done.stderr
+    for processes, machines in ((1, 1), (2, 1), (1, 2)):
+        started = [subprocess.Popen(["bash", "-c", f"#{launch}launch {script} --run= --resume=1; run echo once"], text=True,
+                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                    env=dict(os.environ, NPROC=str(processes), NNODES=str(machines), NODE_RANK=str(rank),
+                                             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), PATH=path))
+                   for rank in range(machines)]
+        said = "".join(one.communicate()[0] for one in started)
+        assert said.count("['--run=', '--resume=1']") == processes * machines and said.count("\nonce") == 1, said
 
 
 @pytest.mark.parametrize("command, variables, words", [
