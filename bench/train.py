@@ -10,6 +10,7 @@ writes  a JSON line per variant, where asked
 run     python -m bench.train                                                in the project folder
         python -m bench.train --compare=1 --depth=12 --json=results.jsonl
 """
+import contextlib
 import datetime
 import os
 import statistics
@@ -218,15 +219,17 @@ class Worker:
         return {}
 
     def take_turn(self):
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):               # it is gone: what it left behind says why
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         answer = self.answer()
         if not self.failed:
             self.turns.append(answer)
 
     def end(self):
         """The process ends by itself when nobody speaks to it any more; one that does not is killed."""
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
