@@ -1,8 +1,8 @@
 """
-The training step as the original does it, written plainly: what `python -m bench.train --compare=1` measures ours against.
+The training step as the original does it, written plainly: what python -m bench.train --compare=1 measures ours against.
 
-The logits of all tokens at once and in float32, and Muon one matrix after the other. Parameters, first weights, hyperparameters
-and batch are ours, so a step gives the same result within rounding; only time and memory differ.
+The logits of all tokens at once and in float32, and Muon one matrix after the other. Parameters, first weights,
+hyperparameters and batch are ours, so a step gives the same result within rounding; only time and memory differ.
 """
 import torch
 import torch.nn.functional as F

@@ -1,9 +1,9 @@
 """
 Time a training step of ours on this machine with random tokens, and beside it, if asked, the original's way.
 
-Every variant lives in a process of its own, whose memory is then its own. They take turns, one at work while the others wait,
-so that a busy machine is busy for all of them; the table shows the median of the turns, and the slowest and the fastest.
-The first steps (what torch loads when it is first used, compilation) are start-up and never part of the speed.
+Every variant lives in a process of its own, whose memory is then its own. They take turns, one at work while the others
+wait, so that a busy machine is busy for all of them; the table shows the median of the turns, and the slowest and the
+fastest. The first steps (what torch loads when it is first used, compilation) are start-up and no part of the speed.
 
 reads   nothing
 writes  a JSON line per variant, where asked
@@ -12,6 +12,7 @@ run     python -m bench.train                                                in 
 """
 import contextlib
 import datetime
+import functools
 import os
 import statistics
 import subprocess
@@ -93,10 +94,9 @@ class Variant:
         else:
             self.optimizers = reference.build_optimizers(self.model, **RATES, compiled=compiled)
             self.clip = reference.clip
-        self.forward = self.model
-        if compiled:
-            of_ours = ours and getattr(textbook, "compiled", None)          # trunk and loss compiled apart
-            self.forward = of_ours(self.model) if of_ours else torch.compile(self.model, dynamic=False)
+        # ours has a way of its own to be compiled, or it would not be ours that is measured
+        compiler = ours and getattr(textbook, "compiled", None) or functools.partial(torch.compile, dynamic=False)
+        self.forward = compiler(self.model) if compiled else self.model
         rng = np.random.default_rng(seed)
         batches = [rng.integers(config.vocab_size, size=(step_rows, config.sequence_len + 1)) for _ in range(4)]
         self.batches = [(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])) for ids in batches]
@@ -142,7 +142,11 @@ class Variant:
         return train_loss, time.perf_counter() - begin, parts
 
     def turn(self):
-        """What this variant does in its turn: dict(seconds of a step, ms {part: of a step}, loss), all medians but the loss."""
+        """
+        Some steps, the first of which does not count.
+
+        returns  dict(seconds of a step, ms = {part: of a step}, both medians, loss after the last step, peak_bytes)
+        """
         self.move(machine.device)
         self.step(by_part=False)
         if gpu:
@@ -200,8 +204,9 @@ class Worker:
         self.label = f"{NAMES[variant]}, {mode}"
         flags = [f"--{knob}={value}" for knob, value in config.items() if knob != "measure"]
         self.errors = tempfile.TemporaryFile(mode="w+", errors="replace")
-        self.process = subprocess.Popen([sys.executable, "-m", "bench.train", *flags, f"--measure={variant}-{mode}"],
-                                        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
+        command = [sys.executable, "-m", "bench.train", *flags, f"--measure={variant}-{mode}"]
+        self.process = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.errors)
         self.startup_seconds = self.answer().get("startup_seconds")
 
     def answer(self):
@@ -254,7 +259,8 @@ class Worker:
 
 def print_table(results):
     """The rows of all variants, the ratios of those that both ways have, and the parts of a step."""
-    print(f"\n{'':<26}{'tok/s':>9}{'slowest ... fastest turn':>26}{'MFU':>8}{'peak MB':>9}{'start-up s':>12}{'loss':>8}")
+    print(f"\n{'':<26}{'tok/s':>9}{'slowest ... fastest turn':>26}{'MFU':>8}{'peak MB':>9}{'start-up s':>12}"
+          f"{'loss':>8}")
     of = {}
     for row in results:
         label = f"{NAMES[row['variant']]}, {row['mode']}"
@@ -269,13 +275,14 @@ def print_table(results):
         if ("ours", mode) in of and ("reference", mode) in of:
             ours, plain = of["ours", mode], of["reference", mode]
             speed = ours["tokens_per_second"] / plain["tokens_per_second"]
-            print(f"{'ours / original, ' + mode:<26}{speed:>8.2f}x{'':>34}{ours['peak_bytes'] / plain['peak_bytes']:>8.2f}x")
+            memory = ours["peak_bytes"] / plain["peak_bytes"]
+            print(f"{'ours / original, ' + mode:<26}{speed:>8.2f}x{'':>34}{memory:>8.2f}x")
     print(f"\n{'ms of a step':<26}" + "".join(f"{part:>19}" for part in PARTS) + f"{'in all':>10}")
     for row in of.values():
         print(f"{NAMES[row['variant']] + ', ' + row['mode']:<26}" +
               "".join(f"{row['ms'][part]:>19,.1f}" for part in PARTS) + f"{row['step_ms']:>10,.1f}")
     if gpu:
-        print("the parts are from steps of their own, with a wait after each part: together they take longer than a step")
+        print("the parts are from steps of their own, with a wait after each part: so they add up to more")
     elif "compiled" in modes:
         print("on a CPU the memory of a compiled variant has the compiler in it")
 
@@ -299,16 +306,18 @@ if json:
         raise SystemExit(f"json={json}: {error.strerror}") from None
 
 name = f"{machine.name}, {machine.dtype_name}" + ("" if gpu else f", {machine.threads} CPU threads")
-print(f"d{shape['n_layer']}, T {T:,}, V {V:,}: {budget.num_params(**shape)['total']:,} parameters; steps of {step_rows * T:,} tokens "
-      f"({step_rows} rows, {B} at a time) on {name}; {turns} turns of {turn_steps} steps", flush=True)
-about = dict(date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **machine.describe(), **shape,
-             rows=step_rows, device_batch_size=B, steps=turn_steps, turns=turns)
+print(f"d{shape['n_layer']}, T {T:,}, V {V:,}: {budget.num_params(**shape)['total']:,} parameters; steps of "
+      f"{step_rows * T:,} tokens ({step_rows} rows, {B} at a time) on {name}; {turns} turns of {turn_steps} steps",
+      flush=True)
+about = dict(date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **machine.describe(),
+             **shape, rows=step_rows, device_batch_size=B, steps=turn_steps, turns=turns)
 workers = []
 try:
     for mode in modes:
         for variant in NAMES if compare else ["ours"]:
-            workers.append(Worker(variant, mode))
-            print(f"start-up: {workers[-1].label}: " + (workers[-1].failed or f"{workers[-1].startup_seconds:.1f} s"), flush=True)
+            worker = Worker(variant, mode)
+            workers.append(worker)
+            print(f"start-up: {worker.label}: " + (worker.failed or f"{worker.startup_seconds:.1f} s"), flush=True)
     for turn_number in range(turns):
         for worker in workers:
             if not worker.failed:

@@ -15,11 +15,12 @@ from plumbing.budget import model_shape
 from plumbing.machine import reduce_and_clip
 
 RATES = dict(matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004)
-SMALL = ["--device=cpu", "--depth=1", "--max_seq_len=16", "--vocab_size=64", "--rows=4", "--steps=1", "--turns=2"]
+SMALL = ["--depth=1", "--max_seq_len=16", "--vocab_size=64", "--rows=4", "--steps=1", "--turns=2"]
 
 
 def bench(*flags, **options):
-    return subprocess.run([sys.executable, "-m", "bench.train", *flags], cwd=ROOT, capture_output=True, text=True, **options)
+    command = [sys.executable, "-m", "bench.train", "--device=cpu", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
 
 
 def train(model, optimizers, clip, batches):
@@ -39,8 +40,8 @@ def train(model, optimizers, clip, batches):
     return losses
 
 
-@pytest.mark.parametrize("dtype, heads, tolerance", [(torch.float32, {}, 1e-5), (torch.float32, dict(n_kv_head=1), 1e-5),
-                                                     (torch.bfloat16, {}, 1e-2)])
+@pytest.mark.parametrize("dtype, heads, tolerance", [
+    (torch.float32, {}, 1e-5), (torch.float32, dict(n_kv_head=1), 1e-5), (torch.bfloat16, {}, 1e-2)])
 def test_the_original_way_is_the_same_training(dtype, heads, tolerance):
     config = GPTConfig(sequence_len=24, vocab_size=53, **{**model_shape(2, head_dim=32), **heads})
     batches = torch.randint(53, (6, 4, 25), generator=torch.Generator().manual_seed(3))
@@ -86,9 +87,9 @@ def test_both_ways_stand_in_the_table_and_in_the_file(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts a process's own memory against RLIMIT_DATA")
 def test_a_variant_without_enough_memory_is_a_line_and_not_the_end():
-    # torch takes 0.9 GB of the limit, ours 0.4, the original's way 1.2: 1,024 x 65,536 logits are 0.27, and there are several
+    # torch takes 0.9 GB of the limit, ours 0.4, the original's way 1.2: 1,024 x 65,536 logits are 0.27, several times
     limit = lambda: resource.setrlimit(resource.RLIMIT_DATA, (1_500_000_000,) * 2)                        # noqa: E731
-    done = bench("--device=cpu", "--depth=1", "--max_seq_len=256", "--vocab_size=65536", "--rows=4", "--steps=1", "--turns=1",
+    done = bench("--depth=1", "--max_seq_len=256", "--vocab_size=65536", "--rows=4", "--steps=1", "--turns=1",
                  "--compare=1", "--threads=1", preexec_fn=limit)
     assert done.returncode == 0, done.stderr
     table = done.stdout.splitlines()
@@ -97,9 +98,9 @@ def test_a_variant_without_enough_memory_is_a_line_and_not_the_end():
 
 
 @pytest.mark.parametrize("flag, words", [
-    ("--dpeth=2", "did you mean depth"), ("--depth=-1", "at least 1 layer"), ("--rows=-8", "rows=-8: must be at least 1"),
+    ("--dpeth=2", "did you mean depth"), ("--depth=-1", "at least 1 layer"), ("--rows=-8", "rows=-8: must be at least"),
     ("--device_batch_size=3", "must divide the 8 rows"), ("--compile_model=maybe", "must be 0 or 1"),
-    ("--turns=0", "turns=0: must be at least 1"), ("--threads=-1", "threads=-1"), ("--dtype=float8", "float32 or bfloat16"),
+    ("--turns=0", "turns=0: must be at least 1"), ("--threads=-1", "threads=-1"), ("--dtype=float8", "bfloat16"),
     ("--steps=x", "must be int"), ("--json=no/such/folder/x", "json=no/such/folder/x: No such file")])
 def test_a_bad_knob_ends_in_one_line(flag, words):
     with pytest.raises(SystemExit) as end:
