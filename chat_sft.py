@@ -22,7 +22,8 @@ from muon import build_optimizers, lr_multiplier, set_schedule
 from plumbing import budget
 from plumbing.common import Log, Progress, due, duration, print0
 from plumbing.configurator import configure
-from plumbing.machine import finish, memory_advice, reduce_and_clip, start, sum_over_ranks, to_device
+from plumbing.fit import fit_micro_batch
+from plumbing.machine import clip, finish, last_pass, start, sum_over_ranks, to_device
 from tasks import (Mixture, all_tests, arc, docstrings, gsm8k, identity, identity_file, is_right, simple_spelling,
                    smoltalk, spelling_bee, who_is)
 
@@ -39,7 +40,7 @@ spelling_bee_rows = 300        # SpellingBee: count a letter in a word
 num_iterations = 0             # optimizer steps; 0 = one epoch of the mixture
 # batch
 target_examples_per_step = 32  # conversations per optimizer step
-device_batch_size = 4          # B, conversations per micro-batch; 0 = the most that fit; never changes the training
+device_batch_size = 4          # B, most conversations per micro-batch; 0 = what fits; never changes the training
 gradient_checkpointing = False  # 1 = less memory, slower
 # optimizer
 matrix_lr = 0.02               # Muon, the matrices
@@ -53,8 +54,8 @@ final_lr_frac = 0.0            # where they fall to, as a share of the full rate
 # evaluation and checkpoints
 eval_every = 100               # steps between evaluations of the loss on held-out answers; 0 = only at the end
 eval_examples = 400            # conversations of such an evaluation
-eval_metrics_every = 200       # steps between tests on the tasks themselves; 0 = only at the end
-eval_metrics_max_problems = 200  # problems per task in such a test; 0 = no tests (chat_eval.py has more)
+eval_metrics_every = 200       # steps between tests on the tasks themselves; 0 = never (chat_eval.py has more)
+eval_metrics_max_problems = 200  # problems per task in such a test; 0 = all
 save_every = 0                 # steps between checkpoints; 0 = only at the end
 resume = 0                     # 1 = continue from the newest checkpoint, if there is one
 # machine
@@ -74,15 +75,14 @@ meta = continue_from("sft", checkpoint_dir, config, resume, parent)
 start_step = meta["step"] if meta else 0
 machine = start(device, dtype, meta or source_meta)
 
-# the batch, fitted to the memory before the weights are in it
-shape, rows = source_meta["model_config"], target_examples_per_step
-max_seq_len, flops = shape["sequence_len"], budget.flops_per_token(**shape)
-B = machine.micro_batch(rows, shape, meta, device_batch_size, gradient_checkpointing)
-
 # weights: those where this stage had got to, or the stage before's
 model, tokenizer = load_model(checkpoint_dir if meta else source_folder, meta or source_meta, machine,
                               gradient_checkpointing)
 optimizers = build_optimizers(model, matrix_lr * init_lr_frac, embedding_lr * init_lr_frac, unembedding_lr * init_lr_frac)
+
+# the batch
+rows, max_seq_len, flops = target_examples_per_step, model.config.sequence_len, budget.flops_per_token(model.config)
+B, forward = fit_micro_batch(machine, model, model, optimizers, rows, device_batch_size, meta)
 if meta:
     load_optimizers(checkpoint_dir, optimizers, meta)
 
@@ -125,8 +125,7 @@ for step in range(start_step, total_steps + 1):
     # once in a while: the loss on held-out answers, then save; what may fail comes after
     if due(step, eval_every, last):
         batches = rank_batches(val_data, 0, min(eval_examples, len(val_data)), B, tokenizer, max_seq_len)
-        with memory_advice(B, rows, "SFT_BATCH_SIZE"):
-            val_loss = metrics.evaluate_loss(model, batches, machine.device)
+        val_loss = metrics.evaluate_loss(model, batches, machine.device)
         print0(f"step {step:5d}/{total_steps} | val loss {val_loss:.4f}")
         log.write(step, val_loss=val_loss)
     if step > start_step and due(step, save_every, last):
@@ -135,7 +134,7 @@ for step in range(start_step, total_steps + 1):
             source=parent, tokenizer=tokenizer.fingerprint, flops_per_token=flops, rows=rows,
             conversations=len(train_data), device_batch_size=B, machine=machine.describe(),
             peak_memory=machine.peak_memory()))
-    if eval_metrics_max_problems and due(step, eval_metrics_every, last):
+    if eval_metrics_every and due(step, eval_metrics_every, last):
         for name, task in tests.items():
             right, total = metrics.evaluate_task(Engine(model, tokenizer), task, is_right, eval_metrics_max_problems,
                                                  max_tokens=128)
@@ -153,12 +152,12 @@ for step in range(start_step, total_steps + 1):
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
     rates = set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
-    with memory_advice(B, rows, "SFT_BATCH_SIZE"):
-        for x, y in batches:
-            loss = model(to_device(x, machine.device), to_device(y, machine.device)) / max(1, num_targets)
-            loss.backward()
-            train_loss += loss.detach()
-    train_loss, grad_norm = reduce_and_clip(model, step, train_loss, grad_clip)     # a run that has diverged ends here
+    for i, (x, y) in enumerate(batches):
+        last_pass(forward, i == len(batches) - 1)
+        loss = forward(to_device(x, machine.device), to_device(y, machine.device)) / max(1, num_targets)
+        loss.backward()
+        train_loss += loss.detach()
+    train_loss, grad_norm = clip(model, step, train_loss, grad_clip)                # a run that has diverged ends here
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)

@@ -9,7 +9,6 @@ import bisect
 import contextlib
 import glob
 import hashlib
-import itertools
 import os
 import re
 import time
@@ -126,30 +125,18 @@ def tokenize_shard(path, tokenizer):
 
 def write_token_file(path, documents):
     """
-    Write documents as one run of uint16, and their masks, if any, as one of uint8.
+    Write documents as one run of uint16, and beside it their masks as one of uint8.
 
-    documents: iterator of (ids, mask); mask None, or 1 for each token that is scored as a target.
-        Either all documents have a mask or none has.
+    documents: iterator of (ids, mask); mask is 1 for each token that is scored as a target
     """
-    mask_path = f"{path[:-len('.bin')]}.mask"
-    documents = iter(documents)
-    first = next(documents, ([], None))
-    masked = first[1] is not None
-    if not masked:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(mask_path)
-    # The inner file is finished first: where the tokens are, their mask is too.
-    mask_file = atomic_write(mask_path) if masked else contextlib.nullcontext()
-    with atomic_write(path) as f, mask_file as g:
-        for ids, mask in itertools.chain([first], documents):
+    # the inner file is finished first: where the tokens are, their mask is too
+    with atomic_write(path) as f, atomic_write(f"{path[:-len('.bin')]}.mask") as g:
+        for ids, mask in documents:
             tokens = np.array(ids, dtype=np.int64)
-            fits = tokens.size == 0 or (tokens.min() >= 0 and tokens.max() < 2**16)
-            assert fits, f"{path}: a token does not fit into uint16"
-            assert (mask is not None) == masked, f"{path}: all documents have a mask, or none"
-            f.write(tokens.astype(np.uint16).tobytes())
-            if masked:
-                assert len(mask) == len(ids), f"{path}: {len(mask)} marks for {len(ids)} tokens"
-                g.write(np.array(mask, dtype=np.uint8).tobytes())
+            assert ((tokens >= 0) & (tokens < 2**16)).all(), f"{path}: a token does not fit into uint16"
+            assert len(mask) == len(ids), f"{path}: {len(mask)} marks for {len(ids)} tokens"
+            f.write(tokens.astype(np.uint16))
+            g.write(np.array(mask, dtype=np.uint8))
 
 
 def make_token_files(shards, tokenizer):
@@ -294,9 +281,9 @@ class TokenStream:
         self.ends.append((self.ends[-1] if self.ends else 0) + len(tokens))
 
     def step_batch(self, step, rows, T):
-        """This rank's share of the rows of an optimizer step -> x, y (rows / ranks, T); together they are all of them."""
-        share = rows // WORLD_SIZE
-        return self.batch_at(step * rows + RANK * share, share, T, (step + 1) * rows)
+        """This rank's share of the rows of an optimizer step -> x, y (about rows / ranks, T); together they are all of them."""
+        begin, end = RANK * rows // WORLD_SIZE, (RANK + 1) * rows // WORLD_SIZE
+        return self.batch_at(step * rows + begin, end - begin, T, (step + 1) * rows)
 
     def batch_at(self, row, B, T, step_end=0):
         """
@@ -352,8 +339,9 @@ def rank_batches(conversations, first, count, B, tokenizer, T):
     """
     Conversations first ... first + count - 1 (counted on from the start at the end), one per row -> batches (x, y).
 
-    Each rank gets whole batches of B of its own, together all of them; see pad_batch.
+    Each rank gets its share, in batches of at most B; see pad_batch.
     """
-    for i in range(RANK * B, count, WORLD_SIZE * B):
-        numbers = range(first + i, first + min(i + B, count))
+    begin, end = RANK * count // WORLD_SIZE, (RANK + 1) * count // WORLD_SIZE
+    for i in range(begin, end, B):
+        numbers = range(first + i, first + min(i + B, end))
         yield pad_batch([render(conversations, n % len(conversations), tokenizer) for n in numbers], T)

@@ -4,6 +4,12 @@ Midtrain the base model: the chat format, tool use and many small tasks, at full
 The loop is base_train's; what differs is the data, a mixture of conversations in which only what
 the assistant says is scored, and that the weights come from the base model.
 
+The original nanochat scores every token. Measured 2026-11 (d4, vocabulary 8,192, 1.1 M tokens of
+pretraining, then 250 steps of 4,096 tokens either way): bits per byte of held-out answers 2.662 so
+and 2.603 with every token scored; right letters 154 and 156 of 600 in ARC-Easy, 141 and 142 of 600
+in MMLU, both guessing. A base that has hardly begun gains from each word it reads; what a whole
+base gains is not measured yet.
+
 reads   base_checkpoints/<model_tag>/, tokenizer/, task_data/ (from tasks/)
 writes  mid_checkpoints/<model_tag>/{model,optim,meta}_NNNNNN.*, log.jsonl
 run     python mid_train.py
@@ -23,7 +29,8 @@ from muon import build_optimizers, lr_multiplier, set_schedule
 from plumbing import budget
 from plumbing.common import Log, Progress, due, duration, print0
 from plumbing.configurator import configure
-from plumbing.machine import finish, memory_advice, reduce_and_clip, start, sum_over_ranks, to_device
+from plumbing.fit import fit_micro_batch
+from plumbing.machine import clip, finish, last_pass, start, sum_over_ranks, to_device
 from tasks import Mixture, docstrings, gsm8k, identity, identity_file, mmlu, simple_spelling, smoltalk, spelling_bee
 
 # where from
@@ -73,25 +80,20 @@ meta = continue_from("mid", checkpoint_dir, config, resume, source)
 start_step = meta["step"] if meta else 0
 machine = start(device, dtype, meta or base_meta)
 
-# the batch: by default as large as in pretraining; fitted to the memory before the weights are in it
-shape = base_meta["model_config"]
-max_seq_len, flops = shape["sequence_len"], budget.flops_per_token(**shape)
-rows = budget.rows_per_step(total_batch_size, max_seq_len) if total_batch_size else base_meta["rows"]
-tokens_per_step = rows * max_seq_len
-B = machine.micro_batch(rows, shape, meta, device_batch_size, gradient_checkpointing)
-
 # weights: those where this stage had got to, or the base model's
 model, tokenizer = load_model(checkpoint_dir if meta else base_folder, meta or base_meta, machine, gradient_checkpointing)
 optimizers = build_optimizers(model, matrix_lr * init_lr_frac, embedding_lr * init_lr_frac, unembedding_lr * init_lr_frac)
-if meta:
-    load_optimizers(checkpoint_dir, optimizers, meta)
 forward = torch.compile(model, dynamic=False) if compile_model and machine.device.type == "cuda" else model
 
-# The mixture: what the model is to become is decided here. Of a conversation only what the assistant says is scored;
-# the original nanochat scores every token. Measured 2026-11 (d4, vocabulary 8,192, 1.1 M tokens of pretraining, then
-# 250 steps of 4,096 tokens either way): bits per byte of held-out answers 2.662 so and 2.603 with every token scored;
-# right letters 154 and 156 of 600 in ARC-Easy, 141 and 142 of 600 in MMLU, both guessing. A base that has hardly begun
-# gains from each word it reads; what a whole base gains is not measured yet.
+# the batch: by default as large as in pretraining
+max_seq_len, flops = model.config.sequence_len, budget.flops_per_token(model.config)
+rows = budget.rows_per_step(total_batch_size, max_seq_len) if total_batch_size else base_meta["rows"]
+tokens_per_step = rows * max_seq_len
+B, forward = fit_micro_batch(machine, model, forward, optimizers, rows, device_batch_size, meta)
+if meta:
+    load_optimizers(checkpoint_dir, optimizers, meta)
+
+# the mixture: what the model is to become is decided here
 who = dict(name=assistant_name or "nanochat", maker=assistant_maker, facts=assistant_facts)
 own_identity = identity(**who, size=identity_rows) if embedded or assistant_name else identity_file()
 if not embedded:
@@ -136,9 +138,8 @@ for step in range(start_step, total_steps + 1):
 
     # once in a while: bits per byte of the answers, then save
     if due(step, eval_every, last):
-        with memory_advice(B, rows):
-            val_bpb = metrics.evaluate_bpb(model, val_stream, token_bytes, many_rows if last else few_rows,
-                                           B, max_seq_len, machine.device)
+        val_bpb = metrics.evaluate_bpb(model, val_stream, token_bytes, many_rows if last else few_rows,
+                                       B, max_seq_len, machine.device)
         print0(f"step {step:5d}/{total_steps} | val bpb {val_bpb:.4f}")
         log.write(step, val_bpb=val_bpb)
     if step > start_step and due(step, save_every, last):
@@ -158,14 +159,14 @@ for step in range(start_step, total_steps + 1):
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
     rates = set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
-    with memory_advice(B, rows):
-        for first in range(0, len(x), B):
-            micro = slice(first, first + B)
-            loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device))
-            loss = loss / max(1, num_targets)
-            loss.backward()
-            train_loss += loss.detach()
-    train_loss, grad_norm = reduce_and_clip(model, step, train_loss, grad_clip)     # a run that has diverged ends here
+    for first in range(0, len(x), B):
+        micro = slice(first, first + B)
+        last_pass(forward, first + B >= len(x))
+        loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device))
+        loss = loss / max(1, num_targets)
+        loss.backward()
+        train_loss += loss.detach()
+    train_loss, grad_norm = clip(model, step, train_loss, grad_clip)                # a run that has diverged ends here
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)

@@ -5,9 +5,10 @@ run     python plan.py --depth=12 --num_iterations=500
 """
 import difflib
 import subprocess
+from types import SimpleNamespace
 
 from plumbing.budget import (CPU_BYTES, KEEP, SHARD_BYTES, SHARD_TOKENS, checkpoint_bytes, flops_per_token,
-                             micro_batches, model_shape, num_params, peak_flops, row_bytes, rows_per_step, state_bytes,
+                             micro_batch, model_shape, num_params, peak_flops, row_bytes, rows_per_step, state_bytes,
                              usable_bytes)
 from plumbing.common import base_path, duration
 from plumbing.configurator import configure
@@ -20,7 +21,7 @@ num_iterations = 0             # base steps; 0 = target_param_data_ratio tokens 
 target_param_data_ratio = 20.0
 mid_iterations = 0             # 0 = one epoch, about 0.4 billion tokens
 sft_iterations = 0             # 0 = one epoch, about 720 steps of 32 conversations
-num_shards = 0                 # shards of text to download; 0 = none
+num_shards = 0                 # shards of text to download
 vocab_size = 65536
 device_batch_size = 0          # rows per micro-batch; 0 = the most that fit
 num_processes = 1              # GPUs
@@ -60,13 +61,13 @@ def cpu_speed(model, rows):
     except Exception:                            # no torch yet, another than ours, or a broken one
         return 0.0
     print("timing a training step ...", flush=True)
-    return flops_per_token(**model) / time_numerics(GPT(GPTConfig(**model)), rows)["seconds_per_token"]
+    return flops_per_token(model) / time_numerics(GPT(GPTConfig(**vars(model))), rows)["seconds_per_token"]
 
 
 if wrong := misspelt(given.split(), known.split()):
     raise SystemExit(f"{wrong[0]} is set, which nothing reads: did you mean {wrong[1]}? (unset {wrong[0]} to go on without)")
-model = dict(sequence_len=max_seq_len, vocab_size=vocab_size, **model_shape(depth, head_dim))
-params, flops = num_params(**model), flops_per_token(**model)
+model = SimpleNamespace(sequence_len=max_seq_len, vocab_size=vocab_size, **model_shape(depth, head_dim))
+params, flops = num_params(model), flops_per_token(model)
 rows = rows_per_step(total_batch_size, max_seq_len)
 step_tokens = rows * max_seq_len
 base_steps = num_iterations or round(target_param_data_ratio * params["total"] / step_tokens)
@@ -76,10 +77,10 @@ tokens = dict(base=base_steps * step_tokens, mid=mid_steps * step_tokens, sft=sf
 name, memory = gpu()
 speed = MFU * peak_flops(name or "A100") if name or num_shards else cpu_speed(model, rows)
 memory = memory or (40e9 if num_shards else 0)         # planned without a GPU: for an A100 with 40 GB
-B, _, _ = micro_batches(rows, num_processes, device_batch_size, usable_bytes(memory) if memory else CPU_BYTES, model,
+B = micro_batch(rows, num_processes, device_batch_size, usable_bytes(memory) if memory else CPU_BYTES, model,
                         2 if memory else 4, gradient_checkpointing)
-gpu_bytes = state_bytes(**model) + B * row_bytes(**model, compute_bytes=2, gradient_checkpointing=gradient_checkpointing) + 4e9
-checkpoints = (3 * KEEP + 1) * checkpoint_bytes(**model)   # of three stages, and the one being written
+gpu_bytes = state_bytes(model) + B * row_bytes(model, 2, gradient_checkpointing) + 4e9
+checkpoints = (3 * KEEP + 1) * checkpoint_bytes(model)   # of three stages, and the one being written
 disk = num_shards * SHARD_DISK + (TASK_DISK if num_shards else 0) + checkpoints
 
 print(f"plan: d{depth}, {params['total'] / 1e6:.1f}M parameters, rows of {max_seq_len:,} tokens, vocabulary {vocab_size:,}")

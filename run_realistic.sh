@@ -19,10 +19,12 @@ if [ -z "${CONFIG:-}" ]; then
 fi
 
 # what each configuration is, where it isn't set from outside; pipeline.sh says what each name means
+of() { sed -n "s/^$2 = \([0-9]*\).*/\1/p" "config/tiny_$1.py"; }       # a value of the tiny run, whose stages have files
 configuration() {
     case "$CONFIG" in
-        tiny)   : "${DEPTH:=2}" "${MAX_SEQ_LEN:=256}" "${TOTAL_BATCH_SIZE:=2048}" "${DATA_SHARDS:=0}" "${SAVE_EVERY:=200}"
-                : "${BASE_ITERATIONS:=800}" "${MID_ITERATIONS:=1200}" "${SFT_ITERATIONS:=60}" "${MAX_CHARS:=10000000}" "${VOCAB_SIZE:=4096}" ;;
+        tiny)   : "${DEPTH:=$(of base depth)}" "${MAX_SEQ_LEN:=$(of base max_seq_len)}" "${TOTAL_BATCH_SIZE:=$(of base total_batch_size)}"
+                : "${BASE_ITERATIONS:=$(of base num_iterations)}" "${MID_ITERATIONS:=$(of mid num_iterations)}" "${SFT_ITERATIONS:=$(of sft num_iterations)}"
+                : "${SAVE_EVERY:=$(of base save_every)}" "${DATA_SHARDS:=0}" "${MAX_CHARS:=10000000}" "${VOCAB_SIZE:=4096}" ;;
         demo)   : "${DEPTH:=12}" "${MAX_SEQ_LEN:=1024}" "${TOTAL_BATCH_SIZE:=524288}" "${DATA_SHARDS:=10}" "${SAVE_EVERY:=300}"
                 : "${BASE_ITERATIONS:=500}" "${MID_ITERATIONS:=200}" "${SFT_ITERATIONS:=100}" "${CORE_ITEMS:=100}" "${EVAL_PROBLEMS:=100}" ;;
         small)  : "${DEPTH:=14}" "${MAX_SEQ_LEN:=1536}" "${TOTAL_BATCH_SIZE:=524288}" "${DATA_SHARDS:=22}" "${SAVE_EVERY:=250}"

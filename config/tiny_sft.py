@@ -7,4 +7,4 @@ identity_rows = 500
 device_batch_size = 0          # the most that fit: the conversations are short
 eval_every = 15
 eval_examples = 100            # half a second
-eval_metrics_max_problems = 0  # chat_eval.py does it
+eval_metrics_every = 0         # chat_eval.py does it

@@ -1,11 +1,12 @@
 """
 What a run costs before it runs: parameters, FLOPs, memory, steps, and the batch arithmetic.
 
-Plain numbers in, plain numbers out; no torch. tests/test_budget.py holds the parameter counts
-against the real model.
+Plain numbers in, plain numbers out; no torch. `config` is a GPTConfig, or anything with its
+attributes. tests/test_budget.py holds the parameter counts against the real model.
 """
 
 import re
+from types import SimpleNamespace
 
 HEAD_DIM = 128               # dimensions of one attention head, where the width allows it
 KEEP = 2                     # checkpoints of a stage that stay on the disk: the newest and the one before
@@ -47,16 +48,15 @@ def model_shape(depth, head_dim=0):
     return dict(n_layer=depth, n_embd=n_embd, n_head=n_head, n_kv_head=n_head)
 
 
-def num_params(n_layer, n_embd, n_head, n_kv_head, vocab_size, sequence_len=0):
+def num_params(config):
     """Parameters as dict(matrices, wte, lm_head, total); there are no biases and no norm weights."""
-    kv_dim = n_embd // n_head * n_kv_head
-    attention = 2 * n_embd * n_embd + 2 * n_embd * kv_dim           # c_q, c_proj and c_k, c_v
-    matrices = n_layer * (attention + 8 * n_embd * n_embd)          # the MLP is D x 4D twice
-    table = vocab_size * n_embd
+    C, kv_dim = config.n_embd, config.n_embd // config.n_head * config.n_kv_head
+    matrices = config.n_layer * (2 * C * C + 2 * C * kv_dim + 8 * C * C)    # c_q, c_proj; c_k, c_v; the MLP: C x 4C twice
+    table = config.vocab_size * C
     return dict(matrices=matrices, wte=table, lm_head=table, total=matrices + 2 * table)
 
 
-def flops_per_token(n_layer, n_embd, n_head, n_kv_head, vocab_size, sequence_len):
+def flops_per_token(config):
     """
     FLOPs of a forward and backward pass for one token.
 
@@ -64,8 +64,8 @@ def flops_per_token(n_layer, n_embd, n_head, n_kv_head, vocab_size, sequence_len
     it were not causal, which is the convention of PaLM's appendix B (arXiv 2204.02311) and of
     the original nanochat; counting only the causal half gives 5 to 10 % less.
     """
-    params = num_params(n_layer, n_embd, n_head, n_kv_head, vocab_size)
-    return 6 * (params["matrices"] + params["lm_head"]) + 12 * n_layer * n_embd * sequence_len
+    params = num_params(config)
+    return 6 * (params["matrices"] + params["lm_head"]) + 12 * config.n_layer * config.n_embd * config.sequence_len
 
 
 def rows_per_step(total_batch_size, max_seq_len):
@@ -77,30 +77,39 @@ def rows_per_step(total_batch_size, max_seq_len):
     return max(8, 8 * round(total_batch_size / max_seq_len / 8))
 
 
-def micro_batches(rows, world_size, device_batch_size, free_bytes, model_config, compute_bytes,
-                  gradient_checkpointing=False):
+def micro_batch(rows, world_size, asked, free_bytes, config, compute_bytes, gradient_checkpointing=False):
     """
-    How a step is split -> (rows per micro-batch, rows per rank, micro-batches per rank).
+    B, the rows of a micro-batch: as asked for, or (0) the most that fit into free_bytes and have at most MICRO_TOKENS.
 
     The rows of a step are given by the configuration, the micro-batch by the memory, so a
-    smaller GPU changes the speed and never the training. device_batch_size has to divide the
-    rows of a rank; 0 takes the largest that does, fits into free_bytes and has at most MICRO_TOKENS.
+    smaller GPU changes the speed and never the training. A GPU then tries it (fit.py).
     """
-    if rows % world_size:
-        fitting = [n for n in range(1, rows + 1) if rows % n == 0]
-        raise SystemExit(f"{rows} rows per step do not divide over {world_size} processes; take one of {fitting[:8]}")
-    rank_rows = rows // world_size
-    divisors = [d for d in range(1, rank_rows + 1) if rank_rows % d == 0]
-    if device_batch_size and device_batch_size not in divisors:
-        below = max((d for d in divisors if d < device_batch_size), default=1)
-        above = min((d for d in divisors if d > device_batch_size), default=below)
-        raise SystemExit(f"device_batch_size={device_batch_size} does not divide the {rank_rows} rows that a step has "
-                         f"per process; the nearest that do are {below} and {above}")
-    room = free_bytes - state_bytes(**model_config)
-    row = row_bytes(**model_config, compute_bytes=compute_bytes, gradient_checkpointing=gradient_checkpointing)
-    most = max(1, MICRO_TOKENS // model_config["sequence_len"])
-    B = device_batch_size or max((d for d in divisors if d * row <= room and d <= most), default=1)
-    return B, rank_rows, rank_rows // B
+    if rows < world_size:
+        raise SystemExit(f"{rows} rows per step for {world_size} processes: each needs one; lower NPROC or raise total_batch_size")
+    room = free_bytes - state_bytes(config)
+    fitting = min(room // row_bytes(config, compute_bytes, gradient_checkpointing), MICRO_TOKENS // config.sequence_len)
+    return even_batch(-(-rows // world_size), max(1, asked or int(fitting)))
+
+
+def even_batch(rows, most):
+    """
+    Rows of a micro-batch, at most `most`, so that as few as possible hold a rank's `rows` and are about equally large.
+
+    A size that divides the rows counts for more than one up to a third larger: the last micro-batch
+    is then as large as the others, and the compiler has one size to compile. 84 rows, at most 32: 28.
+    """
+    B = -(-rows // -(-rows // min(most, rows)))
+    divisor = max(d for d in range(1, B + 1) if rows % d == 0)
+    return divisor if 4 * divisor >= 3 * B else B
+
+
+def largest_depth(free_bytes, config, compute_bytes):
+    """The deepest model below config's depth of which a row fits with gradient checkpointing; at least 1."""
+    for depth in range(config.n_layer - 1, 1, -1):
+        smaller = SimpleNamespace(**{**vars(config), **model_shape(depth)})
+        if state_bytes(smaller) + row_bytes(smaller, compute_bytes, True) <= free_bytes:
+            return depth
+    return 1
 
 
 def steps_text(steps, rows, sequence_len, B):
@@ -116,18 +125,18 @@ def usable_bytes(gpu_bytes):
     return 0.9 * gpu_bytes - 4e9
 
 
-def state_bytes(n_layer, n_embd, n_head, n_kv_head, vocab_size, sequence_len=0):
+def state_bytes(config):
     """float32 weights, gradients and momentum (12 bytes a parameter), a second moment for the tables."""
-    params = num_params(n_layer, n_embd, n_head, n_kv_head, vocab_size)
+    params = num_params(config)
     return 12 * params["total"] + 4 * (params["wte"] + params["lm_head"])
 
 
-def checkpoint_bytes(**model_config):
+def checkpoint_bytes(config):
     """Disk that one checkpoint takes: the state without the gradients."""
-    return state_bytes(**model_config) - 4 * num_params(**model_config)["total"]
+    return state_bytes(config) - 4 * num_params(config)["total"]
 
 
-def row_bytes(n_layer, n_embd, n_head, n_kv_head, vocab_size, sequence_len, compute_bytes, gradient_checkpointing):
+def row_bytes(config, compute_bytes, gradient_checkpointing):
     """
     Memory of one row of a micro-batch in a training step, in bytes.
 
@@ -135,8 +144,8 @@ def row_bytes(n_layer, n_embd, n_head, n_kv_head, vocab_size, sequence_len, comp
     gradient checkpointing one per layer and the 14 of the layer at work. The logits do not
     count: model.py makes them a chunk of tokens at a time.
     """
-    kept = n_layer + 14 if gradient_checkpointing else 14 * n_layer
-    return sequence_len * n_embd * kept * compute_bytes
+    kept = config.n_layer + 14 if gradient_checkpointing else 14 * config.n_layer
+    return config.sequence_len * config.n_embd * kept * compute_bytes
 
 
 def eval_rows(sequence_len, tokens_per_step, total_steps, eval_every, eval_tokens, final_eval_tokens):

@@ -1,10 +1,11 @@
 """Evaluations of answers: what is asked, what counts, what does not fit."""
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from data import TokenStream, write_token_file
+from data import TokenStream
 from engine import Engine
 from evals.metrics import choose, constant_share, crop, evaluate_bpb, evaluate_loss, evaluate_task, ticket_of
 from model import GPT, GPTConfig
@@ -63,12 +64,16 @@ def test_a_question_longer_than_the_context_is_cropped_from_the_left():
 
 def test_a_model_that_knows_nothing_needs_the_log_of_the_vocabulary(tmp_path):
     path = str(tmp_path / "x.bin")
-    write_token_file(path, iter([([TOKENIZER.bos, *b"some words here"], None)] * 20))
+    np.array([TOKENIZER.bos, *b"some words here"] * 20, np.uint16).tofile(path)
     stream = TokenStream([path])
     token_bytes = torch.from_numpy(TOKENIZER.token_bytes()).long()
     for B in (1, 3):                                     # the batch does not change the sum
         bpb = evaluate_bpb(model(), stream, token_bytes, 6, B, 32, CPU)
         assert bpb == pytest.approx(math.log2(TOKENIZER.vocab_size), rel=1e-5)
+    seen, net = [], model()
+    net.score = lambda x, y: seen.append(len(x)) or GPT.score(net, x, y)
+    evaluate_bpb(net, stream, token_bytes, 0, 4, 32, CPU)
+    assert sum(seen) == (stream.num_tokens - 1) // 32, "0 = all there is"
     x, y = stream.batch_at(0, 2, 32)
     assert evaluate_loss(model(), [(x, y)], CPU) == pytest.approx(math.log(TOKENIZER.vocab_size), rel=1e-5)
 

@@ -147,17 +147,16 @@ def test_bfloat16_is_close_to_float32():
 
 @pytest.mark.parametrize("depth", [1, 2, 5, 12])
 def test_parameters_are_as_budgeted(depth):
-    shape = model_shape(depth)
     with torch.device("meta"):
-        model = GPT(GPTConfig(vocab_size=1000, **shape))
-    assert sum(p.numel() for p in model.parameters()) == num_params(**shape, vocab_size=1000)["total"]
+        model = GPT(GPTConfig(vocab_size=1000, **model_shape(depth)))
+    assert sum(p.numel() for p in model.parameters()) == num_params(model.config)["total"]
 
 
 def test_known_sizes():
     for depth, millions in {12: 186, 14: 252, 16: 336, 18: 438, 20: 561}.items():
-        total = num_params(**model_shape(depth), vocab_size=65536)["total"]
+        total = num_params(GPTConfig(**model_shape(depth)))["total"]
         assert round(total / 1e6) == millions
-    d20 = flops_per_token(**model_shape(20), vocab_size=65536, sequence_len=2048)
+    d20 = flops_per_token(GPTConfig(sequence_len=2048, **model_shape(20)))
     assert d20 == pytest.approx(3.492e9, rel=1e-3)
 
 
