@@ -1,5 +1,5 @@
 """
-The training step as the original does it, written plainly: what python -m bench.train --compare=1 measures ours against.
+The training step as the original does it, written plainly: what python -m bench.train --compare=1 compares ours with.
 
 The logits of all tokens at once and in float32, and Muon one matrix after the other. Parameters, first weights,
 hyperparameters and batch are ours, so a step gives the same result within rounding; only time and memory differ.
@@ -100,6 +100,6 @@ def build_optimizers(model, matrix_lr, embedding_lr, unembedding_lr, compiled=Fa
 
 
 def clip(model, step, loss, grad_clip):
-    """machine.reduce_and_clip of one process: (loss, norm of the gradient before clipping) as floats."""
+    """The gradient scaled down where its norm is above grad_clip -> (loss, norm before clipping) as floats."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     return loss.item(), norm.item()

@@ -26,17 +26,18 @@ import torch
 
 import model as textbook
 from bench import reference
+from model import GPT, GPTConfig
 from muon import build_optimizers, set_schedule
 from plumbing import budget
 from plumbing.common import ROOT, WORLD_SIZE
 from plumbing.configurator import configure
-from plumbing.machine import reduce_and_clip, start, to_device
+from plumbing.machine import clip, start, to_device
 
 depth = 0                      # layers; 0 = 12 on a GPU, else 2
 max_seq_len = 0                # T, tokens in a row; 0 = 1,024 on a GPU, else 256
 vocab_size = 0                 # V; 0 = 65,536 on a GPU, else 4,096
 rows = 0                       # of an optimizer step; 0 = 128 on a GPU, else 8
-device_batch_size = 0          # B, rows per micro-batch, a divisor of rows; 0 = the most that have up to 32,768 tokens
+device_batch_size = 0          # B, most rows of a micro-batch; 0 = as many as have 32,768 tokens
 steps = 0                      # timed in a turn; 0 = 10 on a GPU, else 4
 turns = 3                      # of each variant
 compare = False                # 1 = the original's way as well (bench/reference.py), and the ratios
@@ -50,7 +51,7 @@ measure = ""                   # set by this script itself: the one variant to r
 config = configure(globals(), show=False)
 
 NAMES = {"ours": "ours", "reference": "original's way"}
-PARTS = ("forward, backward", "reduce, clip", "Muon", "AdamW", "the rest")
+PARTS = ("forward, backward", "clip", "Muon", "AdamW", "the rest")
 RATES = dict(matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004)        # as base_train.py has them
 WARM_STEPS = 2                 # of the start-up; and each turn begins with one that finds its caches again
 
@@ -70,32 +71,29 @@ T = max_seq_len or (1024 if gpu else 256)
 V = vocab_size or (65536 if gpu else 4096)
 step_rows = rows or (128 if gpu else 8)
 turn_steps = steps or (10 if gpu else 4)
-for knob, value in dict(max_seq_len=T, vocab_size=V, rows=step_rows, steps=turn_steps, turns=turns).items():
+most_rows = device_batch_size or max(1, 32768 // max(1, T))
+for knob, value in dict(max_seq_len=T, vocab_size=V, rows=step_rows, device_batch_size=most_rows, steps=turn_steps,
+                        turns=turns).items():
     if value < 1:
         raise SystemExit(f"{knob}={value}: must be at least 1")
-divisors = [d for d in range(1, step_rows + 1) if step_rows % d == 0]
-B = device_batch_size or max(d for d in divisors if d == 1 or d * T <= 32768)
-if B not in divisors:
-    raise SystemExit(f"device_batch_size={B}: must divide the {step_rows} rows of a step: {divisors}")
-shape = dict(sequence_len=T, vocab_size=V, **budget.model_shape(depth or (12 if gpu else 2)))
+B = budget.even_batch(step_rows, most_rows)
+model_config = GPTConfig(sequence_len=T, vocab_size=V, **budget.model_shape(depth or (12 if gpu else 2)))
 modes = ["compiled", "eager"] if compile_model == "1" or gpu and not compile_model else ["eager"]
 
 
 class Variant:
-    """One way to train a model of this shape, on random tokens, at work in this process."""
+    """One way to train a model, on random tokens, at work in this process."""
 
-    def __init__(self, variant, mode, shape):
+    def __init__(self, variant, mode, config):
         torch.manual_seed(seed)                                  # the same first weights for every variant
-        compiled, config = mode == "compiled", textbook.GPTConfig(**shape)
-        ours = variant == "ours"
-        self.model = (textbook.GPT if ours else reference.PlainGPT)(config, machine.dtype).to(machine.device)
-        if ours:
-            self.optimizers, self.clip = build_optimizers(self.model, **RATES), reduce_and_clip
+        compiled, compiler = mode == "compiled", functools.partial(torch.compile, dynamic=False)
+        if variant == "ours":
+            self.model, self.clip = GPT(config, machine.dtype).to(machine.device), clip
+            self.optimizers = build_optimizers(self.model, **RATES)
+            compiler = getattr(textbook, "compiled", compiler)   # trunk and loss apart
         else:
+            self.model, self.clip = reference.PlainGPT(config, machine.dtype).to(machine.device), reference.clip
             self.optimizers = reference.build_optimizers(self.model, **RATES, compiled=compiled)
-            self.clip = reference.clip
-        # ours has a way of its own to be compiled, or it would not be ours that is measured
-        compiler = ours and getattr(textbook, "compiled", None) or functools.partial(torch.compile, dynamic=False)
         self.forward = compiler(self.model) if compiled else self.model
         rng = np.random.default_rng(seed)
         batches = [rng.integers(config.vocab_size, size=(step_rows, config.sequence_len + 1)) for _ in range(4)]
@@ -131,7 +129,7 @@ class Variant:
             train_loss += loss.detach()
         lap("forward, backward")
         train_loss, _ = self.clip(self.model, self.num_steps, train_loss, 1.0)
-        lap("reduce, clip")
+        lap("clip")
         for optimizer, part in zip(self.optimizers, ("AdamW", "Muon")):
             optimizer.step()
             lap(part)
@@ -174,10 +172,11 @@ def work(variant, mode):
     try:
         floor = 0
         if not gpu:                                              # what torch itself takes, once everything is loaded
-            Variant(variant, "eager", dict(shape, sequence_len=8, vocab_size=32, **budget.model_shape(1))).step(True)
+            smallest = GPTConfig(sequence_len=8, vocab_size=32, **budget.model_shape(1))
+            Variant(variant, "eager", smallest).step(by_part=True)
             floor = machine.peak_memory()
         begin = time.perf_counter()
-        worker = Variant(variant, mode, shape)
+        worker = Variant(variant, mode, model_config)
         for _ in range(WARM_STEPS):
             worker.step(by_part=False)
         print(dumps(dict(startup_seconds=time.perf_counter() - begin)), flush=True)
@@ -249,7 +248,7 @@ class Worker:
             return dict(row, failed=self.failed)
         speeds = [step_rows * T / turn["seconds"] for turn in self.turns]
         speed = statistics.median(speeds)
-        mfu = speed * budget.flops_per_token(**shape) / machine.peak_flops if machine.peak_flops else None
+        mfu = speed * budget.flops_per_token(model_config) / machine.peak_flops if machine.peak_flops else None
         return dict(row, tokens_per_second=speed, lowest=min(speeds), highest=max(speeds), mfu=mfu,
                     peak_bytes=max(turn["peak_bytes"] for turn in self.turns), startup_seconds=self.startup_seconds,
                     step_ms=statistics.median(1000 * turn["seconds"] for turn in self.turns),
@@ -306,11 +305,11 @@ if json:
         raise SystemExit(f"json={json}: {error.strerror}") from None
 
 name = f"{machine.name}, {machine.dtype_name}" + ("" if gpu else f", {machine.threads} CPU threads")
-print(f"d{shape['n_layer']}, T {T:,}, V {V:,}: {budget.num_params(**shape)['total']:,} parameters; steps of "
+print(f"d{model_config.n_layer}, T {T:,}, V {V:,}: {budget.num_params(model_config)['total']:,} parameters; steps of "
       f"{step_rows * T:,} tokens ({step_rows} rows, {B} at a time) on {name}; {turns} turns of {turn_steps} steps",
       flush=True)
 about = dict(date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **machine.describe(),
-             **shape, rows=step_rows, device_batch_size=B, steps=turn_steps, turns=turns)
+             **vars(model_config), rows=step_rows, device_batch_size=B, steps=turn_steps, turns=turns)
 workers = []
 try:
     for mode in modes:
