@@ -151,13 +151,15 @@ class Variant:
             torch.cuda.reset_peak_memory_stats()
         taken = [self.step(by_part=not gpu) for _ in range(turn_steps)]
         apart = [self.step(by_part=True) for _ in range(turn_steps)] if gpu else taken
-        result = dict(seconds=statistics.median(seconds for _, seconds, _ in taken), loss=apart[-1][0],
-                      ms={part: 1000 * statistics.median(parts[part] for _, _, parts in apart) for part in PARTS},
-                      peak_bytes=machine.peak_memory())
+        return dict(seconds=statistics.median(seconds for _, seconds, _ in taken), loss=apart[-1][0],
+                    ms={part: 1000 * statistics.median(parts[part] for _, _, parts in apart) for part in PARTS},
+                    peak_bytes=machine.peak_memory())
+
+    def rest(self):
+        """Leave the whole GPU to the others."""
         if gpu:
-            self.move(torch.device("cpu"))                       # the others get the whole GPU
+            self.move(torch.device("cpu"))
             torch.cuda.empty_cache()
-        return result
 
     def move(self, device):
         """Weights and optimizer state to another device, where they are not there already."""
@@ -179,11 +181,14 @@ def work(variant, mode):
         worker = Variant(variant, mode, model_config)
         for _ in range(WARM_STEPS):
             worker.step(by_part=False)
-        print(dumps(dict(startup_seconds=time.perf_counter() - begin)), flush=True)
+        answer = dict(startup_seconds=time.perf_counter() - begin)
+        worker.rest()
+        print(dumps(answer), flush=True)
         for _ in sys.stdin:
-            result = worker.turn()
-            result["peak_bytes"] -= floor
-            print(dumps(result), flush=True)
+            answer = worker.turn()
+            answer["peak_bytes"] -= floor
+            worker.rest()
+            print(dumps(answer), flush=True)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -219,7 +224,7 @@ class Worker:
         lines = [line.strip() for line in self.errors if line.strip() and not line.startswith(" ")]
         named = [line for line in lines if "Error: " in line]
         killed = self.process.wait() == -9                       # by the kernel, which then needs its memory back
-        self.failed = "out of memory" if killed else "failed: " + [*lines, "without a word", *named][-1][:200]
+        self.failed = "out of memory" if killed else "failed: " + ["without a word", *lines, *named][-1][:200]
         return {}
 
     def take_turn(self):
