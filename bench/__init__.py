@@ -1,1 +1,1 @@
-"""What measures, run with python -m bench.NAME; no stage needs it."""
+"""What measures, run with python -m bench.NAME (reference.py is what train.py compares with); no stage needs it."""
