@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from plumbing.calculator import calculate
+from plumbing.machine import in_halves
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
@@ -154,15 +155,19 @@ class Engine:
         At temperature 0 the replies are those of generate, up to rounding. batch_size rows are
         held in memory at once; prompts of about equal length share a batch.
         """
-        replies = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        def reply(batch):
+            replies = [[] for _ in batch]
+            for tokens, _ in self.generate(batch, max_tokens, temperature, top_k, seed + len(done)):
+                for tokens_so_far, token in zip(replies, tokens):
+                    if token is not None and token not in self.ends:
+                        tokens_so_far.append(token)
+            return replies
+
+        order, done = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
-            for tokens, _ in self.generate([prompts[i] for i in rows], max_tokens, temperature, top_k, seed + start):
-                for i, token in zip(rows, tokens):
-                    if token is not None and token not in self.ends:
-                        replies[i].append(token)
-        return replies
+            done.update(zip(rows, in_halves(reply, [prompts[i] for i in rows])))
+        return [done[i] for i in range(len(prompts))]
 
     def prefill(self, prompts, length, max_len):
         """The first `length` tokens of every prompt -> (cache, logits (B, V) of what follows)."""

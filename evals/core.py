@@ -23,6 +23,7 @@ import shutil
 import time
 import zipfile
 import zlib
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from engine import KVCache
 from evals.metrics import centered, choose, ticket_of
 from plumbing.common import RANK, WORLD_SIZE, base_path
 from plumbing.download import download, locked
-from plumbing.machine import barrier, sum_over_ranks
+from plumbing.machine import barrier, in_halves, sum_over_ranks
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 REMEDY = f"remove {base_path('eval_bundle')} to fetch the bundle anew"
@@ -292,7 +293,7 @@ def evaluate_core_task(model, tokenizer, task, rows, max_per_task=0):
                            model.config.sequence_len) for i in numbers[first:first + CHUNK]]
         too_long += items.count(None)
         for group in batches([item for item in items if item], budget):
-            right += sum(is_right(task, item, scores) for item, scores in zip(group, read(model, group)))
+            right += sum(is_right(task, item, scores) for item, scores in zip(group, in_halves(partial(read, model), group)))
     return tuple(int(n) for n in sum_over_ranks([right, len(numbers), too_long], model.device))
 
 

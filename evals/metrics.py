@@ -6,13 +6,14 @@ Everything is passed in; nothing here opens a file. Several ranks share the rows
 import hashlib
 import math
 from collections import Counter
+from functools import partial
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from engine import Engine, printable, text_of
 from plumbing.common import RANK, WORLD_SIZE, print0
-from plumbing.machine import sum_over_ranks, to_device
+from plumbing.machine import in_halves, sum_over_ranks, to_device
 
 # what a base model is asked to go on with: facts, a riddle, a list, an opinion, some algebra
 PROMPTS = ["The capital of France is", "The chemical symbol of gold is",
@@ -77,8 +78,8 @@ def evaluate_task(engine, task, check, max_problems=0, max_tokens=256, batch_siz
     model, tokenizer, context = engine.model, engine.tokenizer, engine.model.config.sequence_len
     problems = [task[i] for i in range(RANK, min(max_problems or len(task), len(task)), WORLD_SIZE)]
     if "letters" in task[0]:
-        right = sum(count_right_letters(model, tokenizer, problems[first:first + batch_size])
-                    for first in range(0, len(problems), batch_size))
+        batches = [problems[first:first + batch_size] for first in range(0, len(problems), batch_size)]
+        right = sum(sum(in_halves(partial(right_letters, model, tokenizer), batch)) for batch in batches)
     else:
         room = context - min(max_tokens, context // 2)           # at least half the context for the question
         prompts = [crop(tokenizer.render_for_completion(problem), room) for problem in problems]
@@ -88,9 +89,9 @@ def evaluate_task(engine, task, check, max_problems=0, max_tokens=256, batch_siz
 
 
 @torch.no_grad()
-def count_right_letters(model, tokenizer, problems):
+def right_letters(model, tokenizer, problems):
     """
-    A batch of multiple choices: how many have the highest logit after the question at the right letter.
+    A batch of multiple choices -> whether each has the highest logit after the question at the right letter, a list.
 
     Rows are filled up at the right, where a causal model sees nothing. Logits of 16 bits are often equal: see choose.
     """
@@ -104,11 +105,11 @@ def count_right_letters(model, tokenizer, problems):
     idx = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts])
     logits = model(idx.to(model.device), positions=last.to(model.device))      # (B, V)
-    right = 0
+    right = []
     for problem, row in zip(problems, logits):
         ids = [tokens[letter][0] for letter in problem["letters"]]
         choice = choose((-row[ids]).tolist(), ticket_of([problem["messages"][-2]["content"]]))
-        right += problem["letters"][choice] == problem["answer"]
+        right.append(problem["letters"][choice] == problem["answer"])
     return right
 
 

@@ -234,6 +234,17 @@ def clip(model, step, loss, grad_clip):
     return loss, norm
 
 
+def in_halves(function, items):
+    """function(items), a list with a result for each of a list; where GPU memory runs out, in two halves, and so on."""
+    try:
+        return function(items)
+    except torch.OutOfMemoryError:
+        if len(items) == 1:
+            raise
+    half = len(items) // 2
+    return [*in_halves(function, items[:half]), *in_halves(function, items[half:])]
+
+
 def out_of_memory(kind, error, trace):
     """sys.excepthook: running out of GPU memory is one line, anywhere; all else is shown as ever."""
     if not issubclass(kind, torch.OutOfMemoryError):

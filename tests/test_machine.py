@@ -1,6 +1,8 @@
 """
 Laws of the machine's choices: what is timed on a CPU, and how large it may be.
 """
+import sys
+
 import pytest
 import torch
 
@@ -41,3 +43,25 @@ def test_a_model_is_used_in_the_number_format_it_was_trained_in():
     assert machine.start("cpu", "float32", trained).dtype is torch.float32, "what is asked for counts"
     trained["machine"]["device"] = "cuda"
     assert machine.start("cpu", meta=trained).dtype is torch.float32, "another device, another format"
+
+
+def test_what_does_not_fit_is_done_in_halves():
+    sizes = []
+
+    def doubled(items):
+        sizes.append(len(items))
+        if len(items) > 3:
+            raise torch.OutOfMemoryError("full")
+        return [2 * i for i in items]
+
+    assert machine.in_halves(doubled, list(range(10))) == [2 * i for i in range(10)] and max(sizes[-2:]) <= 3
+    with pytest.raises(torch.OutOfMemoryError):
+        machine.in_halves(lambda items: doubled([0] * 4), [1])
+
+
+def test_running_out_of_gpu_memory_is_one_line_and_anything_else_is_shown(capsys):
+    machine.start("cpu")
+    sys.excepthook(torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA"), None)
+    assert "half of DEVICE_BATCH_SIZE" in (said := capsys.readouterr().err) and said.count("\n") == 1
+    sys.excepthook(KeyError, KeyError("x"), None)
+    assert "KeyError" in capsys.readouterr().err
