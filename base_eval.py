@@ -9,7 +9,6 @@ run     python base_eval.py
         torchrun --standalone --nproc_per_node=2 base_eval.py
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
-import csv
 import math
 import os
 import time
@@ -18,19 +17,18 @@ import torch
 
 from checkpoint import find_checkpoint, load_model, sha_of
 from data import VAL_SHARD, shard_path, text_streams
-from engine import Engine, printable
 from evals.core import evaluate_core, fetch_bundle, gpt2_scores
-from evals.metrics import continue_prompts, evaluate_bpb
+from evals.metrics import evaluate_bpb, print_samples
 from evals.saved import read_results, write_results
 from plumbing.budget import eval_rows
 from plumbing.common import RANK, atomic_write, base_path, duration, print0
 from plumbing.configurator import configure
-from plumbing.machine import finish, memory_advice, start
+from plumbing.machine import finish, start
 
 tasks = "bpb,samples,core"     # -a: what to evaluate
 model_tag = ""                 # which model, like d12; "" = the only one there is
 step = 0                       # training step of the checkpoint; 0 = the newest
-eval_tokens = 10485760         # tokens for bits per byte, of each text (20 x 524,288); at most a tenth of those trained
+eval_tokens = 10485760         # tokens scored of each text (20 x 524,288); at most, and for 0, a tenth of those trained
 device_batch_size = 0          # rows of text read at a time; 0 = as in training
 core_max_per_task = 0          # items of each CORE task; 0 = all, 91,000 in 22 tasks
 resume = 0                     # 1 = keep what eval.json already has of this checkpoint and these settings
@@ -77,7 +75,7 @@ if "core" in parts:
 if "bpb" in parts:
     clock = time.perf_counter()
     T, B = model.config.sequence_len, device_batch_size or meta["device_batch_size"]
-    _, num_rows = eval_rows(T, meta["rows"] * T, meta["num_iterations"], 0, 0, eval_tokens)
+    _, num_rows = eval_rows(T, meta["rows"] * T, meta["num_iterations"], 0, 0, eval_tokens or math.inf)
     # the first shard is enough of what it was trained on: 52 million tokens
     for shard in (shard_path(VAL_SHARD), base_path("base_data", meta["shards"][0])):
         if not os.path.exists(shard):
@@ -85,17 +83,14 @@ if "bpb" in parts:
     train, val = text_streams(meta["shards"][:1], tokenizer)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).long().to(machine.device)
     bpb = {}
-    with memory_advice(B, meta["rows"]):
-        for split, stream in (("val", val), ("train", train)):
-            bpb[f"{split}_bpb"] = evaluate_bpb(model, stream, token_bytes, num_rows, B, T, machine.device)
-            print0(f"{split} bpb {bpb[f'{split}_bpb']:.4f}")
+    for split, stream in (("val", val), ("train", train)):
+        bpb[f"{split}_bpb"] = evaluate_bpb(model, stream, token_bytes, num_rows, B, T, machine.device)
+        print0(f"{split} bpb {bpb[f'{split}_bpb']:.4f}")
     keep("bpb", time.perf_counter() - clock, **bpb)
 
 if "samples" in parts:
     clock = time.perf_counter()
-    samples = continue_prompts(Engine(model, tokenizer))
-    for prompt, text in samples:
-        print0(f"  {prompt} |{printable(text)!r}")
+    samples = print_samples(model, tokenizer)
     keep("samples", time.perf_counter() - clock, samples=samples)
 
 if "core" in parts:
@@ -119,11 +114,10 @@ if "core" in parts:
         print0(f"items counted as wrong, because the answer alone is longer than the context: {too_long}")
     if RANK == 0:
         with atomic_write(os.path.join(folder, "core.csv"), "w") as f:
-            rows = csv.writer(f, lineterminator="\n")
-            rows.writerow(["Task", "Accuracy", "Centered", "Items"])
-            rows.writerows([label, f"{result['accuracy']:.6f}", f"{result['centered']:.6f}", result["n"]]
-                           for label, result in scores.items())
-            rows.writerow(["CORE", "", f"{core:.6f}", ""])
+            f.write("Task,Accuracy,Centered,Items\n")
+            f.writelines(f"{label},{result['accuracy']:.6f},{result['centered']:.6f},{result['n']}\n"
+                         for label, result in scores.items())
+            f.write(f"CORE,,{core:.6f},\n")
     keep("core", seconds, core=core, tasks=scores, gpt2_core={size: row["CORE"] for size, row in gpt2.items()})
 
 print0(f"base_eval: written to {path}")

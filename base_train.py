@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from checkpoint import continue_from, load_optimizers, load_weights, save_checkpoint, stage_folder, tokenizer_of
+from checkpoint import checkpoint_to_resume, load_optimizers, load_weights, save_checkpoint, stage_folder, tokenizer_of
 from data import text_streams, train_shards
 from evals import core, metrics
 from model import GPT, GPTConfig, compiled
@@ -20,7 +20,8 @@ from muon import build_optimizers, lr_multiplier, set_schedule
 from plumbing import budget
 from plumbing.common import Log, Progress, due, duration, print0
 from plumbing.configurator import configure
-from plumbing.machine import choose_numerics, finish, memory_advice, reduce_and_clip, start, to_device
+from plumbing.fit import fit_micro_batch
+from plumbing.machine import choose_numerics, clip, finish, last_pass, start, to_device
 
 # model
 depth = 12                     # layers; the one dial of model size: width is 64 x depth
@@ -62,7 +63,7 @@ config = configure(globals())  # flags and config files replace the values above
 
 # a finished stage ends here, an unfinished one continues
 checkpoint_dir = stage_folder("base", model_tag or f"d{depth}")
-meta = continue_from("base", checkpoint_dir, config, resume)
+meta = checkpoint_to_resume("base", checkpoint_dir, config, resume)
 start_step = meta["step"] if meta else 0
 tokenizer = tokenizer_of(checkpoint_dir, meta)
 machine = start(device, dtype, meta)
@@ -79,11 +80,6 @@ if total_steps < 1:
                      "no step to train")
 token_seconds = choose_numerics(machine, dtype, meta and meta["machine"], checkpoint_dir,    # on a CPU by timing
                                 lambda: GPT(model_config), rows)
-B = machine.micro_batch(rows, model_config, meta, device_batch_size, gradient_checkpointing)
-print0(f"d{depth}: {params['total']:,} parameters, {total_steps * tokens_per_step:,} tokens in "
-       f"{budget.steps_text(total_steps, rows, max_seq_len, B)}")
-print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads" +
-       (f"; about {duration(token_seconds * total_steps * tokens_per_step)} for all steps" if token_seconds else ""))
 
 if core_metric_every:
     core.fetch_bundle()                                          # now, so that what is missing is missed at once
@@ -102,9 +98,15 @@ if meta:
     load_weights(checkpoint_dir, model, meta)
 model.to(machine.device)
 optimizers = build_optimizers(model, matrix_lr, embedding_lr, unembedding_lr)
+forward = compiled(model) if compile_model and machine.device.type == "cuda" else model
+B, forward = fit_micro_batch(machine, model, forward, optimizers, rows, device_batch_size, meta)
 if meta:
     load_optimizers(checkpoint_dir, optimizers, meta)
-forward = compiled(model) if compile_model and machine.device.type == "cuda" else model
+print0(f"d{depth}: {params['total']:,} parameters, {total_steps * tokens_per_step:,} tokens in "
+       f"{budget.steps_text(total_steps, rows, max_seq_len, B)}")
+print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads" +
+       (f"; about {duration(token_seconds * total_steps * tokens_per_step)} for all steps" if token_seconds else ""))
+
 val_bpb = meta["val_bpb"] if meta else None
 log = Log(checkpoint_dir, start_step, run, config)
 progress = Progress(log, start_step, total_steps, flops, machine.peak_flops, meta and meta["progress"])
@@ -114,9 +116,8 @@ for step in range(start_step, total_steps + 1):
 
     # once in a while: bits per byte, which go into the checkpoint; save; and only then samples and CORE, which may fail
     if due(step, eval_every, last):
-        with memory_advice(B, rows):
-            val_bpb = metrics.evaluate_bpb(model, val_stream, token_bytes, many_rows if last else few_rows,
-                                           B, max_seq_len, machine.device)
+        val_bpb = metrics.evaluate_bpb(model, val_stream, token_bytes, many_rows if last else few_rows,
+                                       B, max_seq_len, machine.device)
         print0(f"step {step:5d}/{total_steps} | val bpb {val_bpb:.4f}")
         log.write(step, val_bpb=val_bpb)
     if step > start_step and due(step, save_every, last):
@@ -141,13 +142,13 @@ for step in range(start_step, total_steps + 1):
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
     rates = set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
-    with memory_advice(B, rows):
-        for first in range(0, len(x), B):
-            micro = slice(first, first + B)
-            loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device)) / tokens_per_step
-            loss.backward()
-            train_loss += loss.detach()
-    train_loss, grad_norm = reduce_and_clip(model, step, train_loss, grad_clip)     # a run that has diverged ends here
+    for first in range(0, len(x), B):
+        micro = slice(first, first + B)
+        last_pass(forward, first + B >= len(x))
+        loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device)) / tokens_per_step
+        loss.backward()
+        train_loss += loss.detach()
+    train_loss, grad_norm = clip(model, step, train_loss, grad_clip)                # a run that has diverged ends here
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)

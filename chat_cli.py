@@ -32,8 +32,6 @@ max_tokens = 256               # longest answer, in tokens
 seed = 42                      # the same seed gives the same answers; 0 = others every time
 config = configure(globals(), show=False)  # the screen belongs to the conversation
 
-QUIT, CLEAR = ("quit", "exit"), "clear"
-
 if not (math.isfinite(temperature) and temperature >= 0):
     raise SystemExit(f"temperature={temperature}: must be 0 or more")
 if top_k < 0:
@@ -57,8 +55,8 @@ def fit(turns, turn):
     max_tokens, if that is less) is left for the answer. Half a turn would confuse the model.
     """
     if len(turn) + 1 >= context:
-        raise ValueError(f"that is {len(turn)} tokens long and the context of this model holds "
-                         f"{context}; say it shorter")
+        raise ValueError(f"that is {len(turn)} tokens long and the context of this model holds {context}; "
+                         "say it shorter")
     room = context - min(max_tokens, context // 4) - 1 - len(turn)
     dropped = 0
     while turns and sum(map(len, turns)) > room:
@@ -69,38 +67,29 @@ def fit(turns, turn):
     return [tokenizer.bos, *(token for old in turns for token in old), *turn]
 
 
-def answer(ids, answer_seed, opening=""):
-    """Print the reply as it is written, after `opening` -> (its tokens, did Ctrl-C stop it)."""
-    stream, reply, stopped = TextStream(tokenizer), [], False
-    print(printable(opening), end="", flush=True)
+def answer(text, turns, answer_seed):
+    """
+    Print the answer to a text as it is written, and add both to turns, a list of tokens each -> did Ctrl-C stop it.
+
+    raises ValueError, one line, when the text does not fit the context
+    """
+    question = {"messages": [{"role": "user", "content": text}]}
+    turn = tokenizer.encode(text) if stage == "base" else tokenizer.render_for_completion(question)[1:]    # fit adds <|bos|>
+    prompt_ids, stream, reply, stopped = fit(turns, turn), TextStream(tokenizer), [], False
+    if stage == "base":                                # shown before its continuation, so that both are one text
+        print(printable(text), end="", flush=True)
     try:
-        for (token,), _ in engine.generate(ids, 1, max_tokens, temperature, top_k, answer_seed):
+        for (token,), _ in engine.generate([prompt_ids], max_tokens, temperature, top_k, answer_seed):
             reply.append(token)
             print(printable(stream.feed(token)), end="", flush=True)
     except KeyboardInterrupt:
         stopped = True
-    print(printable(stream.finish()), flush=True)
+    print(printable(stream.flush()), flush=True)
     if stopped:
         note("stopped")
     elif reply[-1] not in engine.ends:
-        full = len(reply) < max_tokens
-        note(f"cut short: the context of {context} tokens is full" if full
+        note(f"cut short: the context of {context} tokens is full" if len(reply) < max_tokens
              else f"cut short by max_tokens={max_tokens}")
-    return reply, stopped
-
-
-def reply_to(text, turns, answer_seed):
-    """
-    Answer one thing said and add both to turns, a list of tokens per turn -> did Ctrl-C stop it.
-
-    raises ValueError, one line, when the text does not fit the context
-    """
-    if stage == "base":
-        opening, turn = text, tokenizer.encode(text)   # shown before the answer, so that both are one text
-    else:
-        question = {"messages": [{"role": "user", "content": text}]}
-        opening, turn = "", tokenizer.render_for_completion(question)[1:]      # <|bos|> comes once, in fit
-    reply, stopped = answer(fit(turns, turn), answer_seed, opening)
     if stage != "base":
         said = [token for token in reply if token not in engine.ends]
         turns.append([*turn, *said, tokenizer.special("<|assistant_end|>")])
@@ -126,7 +115,7 @@ note(f"{stage} model {folder}, step {meta['step']}: {millions:.1f}M parameters, 
 
 if prompt:
     try:
-        stopped = reply_to(prompt.strip(), [], first_seed)
+        stopped = answer(prompt.strip(), [], first_seed)
     except ValueError as error:
         raise SystemExit(f"prompt: {error}") from None
     raise SystemExit(130 if stopped else 0)            # 130: what a shell expects after Ctrl-C
@@ -147,14 +136,14 @@ while True:
             raise SystemExit(130) from None
         note("quit, exit or Ctrl-D ends")
         continue
-    if text.lower() in QUIT:
+    if text.lower() in ("quit", "exit"):
         break
-    if text.lower() == CLEAR:
+    if text.lower() == "clear":
         turns = []
         note("a new conversation")
     elif text:
         try:
-            reply_to(text, turns if terminal else [], first_seed + asked)
+            answer(text, turns if terminal else [], first_seed + asked)
         except ValueError as error:
             note(error)
         asked += 1                                     # asked again, a question is drawn anew

@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from checkpoint import continue_from, find_parent, load_model, load_optimizers, save_checkpoint, source_of, stage_folder
+from checkpoint import checkpoint_to_resume, find_parent, load_model, load_optimizers, save_checkpoint, stage_folder
 from data import rank_batches
 from engine import Engine
 from evals import metrics
@@ -22,7 +22,8 @@ from muon import build_optimizers, lr_multiplier, set_schedule
 from plumbing import budget
 from plumbing.common import Log, Progress, due, duration, print0
 from plumbing.configurator import configure
-from plumbing.machine import finish, memory_advice, reduce_and_clip, start, sum_over_ranks, to_device
+from plumbing.fit import fit_micro_batch
+from plumbing.machine import clip, finish, last_pass, start, sum_over_ranks, to_device
 from tasks import (Mixture, all_tests, arc, docstrings, gsm8k, identity, identity_file, is_right, simple_spelling,
                    smoltalk, spelling_bee, who_is)
 
@@ -39,7 +40,7 @@ spelling_bee_rows = 300        # SpellingBee: count a letter in a word
 num_iterations = 0             # optimizer steps; 0 = one epoch of the mixture
 # batch
 target_examples_per_step = 32  # conversations per optimizer step
-device_batch_size = 4          # B, conversations per micro-batch; 0 = the most that fit; never changes the training
+device_batch_size = 4          # B, most conversations per micro-batch; 0 = what fits; never changes the training
 gradient_checkpointing = False  # 1 = less memory, slower
 # optimizer
 matrix_lr = 0.02               # Muon, the matrices
@@ -67,10 +68,9 @@ config = configure(globals())
 QUICK_TESTS = ("MMLU", "ARC-Easy", "says its name", "spells a word", "counts a letter")
 
 # a finished stage ends here, an unfinished one continues
-source_folder, source_meta = find_parent(source, source_tag, model_tag)
-parent = source_of(source, source_folder, source_meta)
+source_folder, source_meta, parent = find_parent(source, source_tag, model_tag)
 checkpoint_dir = stage_folder("sft", model_tag or parent["tag"])
-meta = continue_from("sft", checkpoint_dir, config, resume, parent)
+meta = checkpoint_to_resume("sft", checkpoint_dir, config, resume, parent)
 start_step = meta["step"] if meta else 0
 machine = start(device, dtype, meta or source_meta)
 
@@ -78,12 +78,12 @@ machine = start(device, dtype, meta or source_meta)
 model, tokenizer = load_model(checkpoint_dir if meta else source_folder, meta or source_meta, machine,
                               gradient_checkpointing)
 optimizers = build_optimizers(model, matrix_lr * init_lr_frac, embedding_lr * init_lr_frac, unembedding_lr * init_lr_frac)
-if meta:
-    load_optimizers(checkpoint_dir, optimizers, meta)
 
 # the batch
 rows, max_seq_len, flops = target_examples_per_step, model.config.sequence_len, budget.flops_per_token(model.config)
-B = machine.micro_batch(rows, model.config, meta, device_batch_size, gradient_checkpointing)
+B, forward = fit_micro_batch(machine, model, model, optimizers, rows, device_batch_size, meta)
+if meta:
+    load_optimizers(checkpoint_dir, optimizers, meta)
 
 # the mixture; who the model is was settled in mid-training
 who = who_is(source_meta)
@@ -124,8 +124,7 @@ for step in range(start_step, total_steps + 1):
     # once in a while: the loss on held-out answers, then save; what may fail comes after
     if due(step, eval_every, last):
         batches = rank_batches(val_data, 0, min(eval_examples, len(val_data)), B, tokenizer, max_seq_len)
-        with memory_advice(B, rows, "SFT_BATCH_SIZE"):
-            val_loss = metrics.evaluate_loss(model, batches, machine.device)
+        val_loss = metrics.evaluate_loss(model, batches, machine.device)
         print0(f"step {step:5d}/{total_steps} | val loss {val_loss:.4f}")
         log.write(step, val_loss=val_loss)
     if step > start_step and due(step, save_every, last):
@@ -152,12 +151,12 @@ for step in range(start_step, total_steps + 1):
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
     rates = set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
-    with memory_advice(B, rows, "SFT_BATCH_SIZE"):
-        for x, y in batches:
-            loss = model(to_device(x, machine.device), to_device(y, machine.device)) / max(1, num_targets)
-            loss.backward()
-            train_loss += loss.detach()
-    train_loss, grad_norm = reduce_and_clip(model, step, train_loss, grad_clip)     # a run that has diverged ends here
+    for i, (x, y) in enumerate(batches):
+        last_pass(forward, i == len(batches) - 1)
+        loss = forward(to_device(x, machine.device), to_device(y, machine.device)) / max(1, num_targets)
+        loss.backward()
+        train_loss += loss.detach()
+    train_loss, grad_norm = clip(model, step, train_loss, grad_clip)                # a run that has diverged ends here
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)

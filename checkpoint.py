@@ -1,12 +1,9 @@
 """
 Checkpoints: written so that a crash at any moment leaves the one before intact.
 
-A step is three kinds of files in the stage's folder: model_NNNNNN.pt, optim_NNNNNN_rankR.pt and,
-last of all, meta_NNNNNN.json with the sizes and sha256 of the others. No meta, no checkpoint.
-Tensors are saved and loaded as data (weights_only), never as code.
+A step is three kinds of files in the stage's folder: model_NNNNNN.pt, optim_NNNNNN_rankR.pt and, last of all,
+meta_NNNNNN.json with the sizes and sha256 of the others. No meta, no checkpoint. Tensors are loaded as data, not code.
 """
-import functools
-import hashlib
 import json
 import os
 import re
@@ -18,7 +15,7 @@ import torch
 
 from model import GPT, GPTConfig
 from plumbing.budget import KEEP
-from plumbing.common import RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, print0
+from plumbing.common import RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, fingerprint, print0
 from plumbing.machine import barrier
 from tokenizer import load_tokenizer
 
@@ -50,13 +47,12 @@ def save_checkpoint(folder, step, model, optimizers, meta):
     save_tensors(path_of(folder, "optim", step), [o.state_dict() for o in optimizers])
     barrier()                                                    # all shares are on the disk
     if RANK == 0:
-        names = [os.path.basename(path_of(folder, "model", step)),
-                 *(os.path.basename(path_of(folder, "optim", step, r)) for r in range(WORLD_SIZE))]
-        files = {name: fingerprint(os.path.join(folder, name)) for name in names}
-        config = vars(model.config)
+        paths = [path_of(folder, "model", step), *(path_of(folder, "optim", step, r) for r in range(WORLD_SIZE))]
+        files = {os.path.basename(path): fingerprint(path) for path in paths}
+        code = {name: code_hash(name) for name in CODE[meta["stage"]]}
         with atomic_write(path_of(folder, "meta", step), "w") as f:
-            json.dump(dict(step=step, **meta, tag=os.path.basename(folder), code=code_of(meta["stage"]),
-                           model_config=config, world_size=WORLD_SIZE, files=files), f, indent=1)
+            json.dump(dict(step=step, **meta, tag=os.path.basename(folder), code=code, model_config=vars(model.config),
+                           world_size=WORLD_SIZE, files=files), f, indent=1)
         for old in steps_in(folder)[:-KEEP]:
             os.remove(path_of(folder, "meta", old))              # first, so that what is left is never taken for whole
         remove_leftovers(folder)
@@ -74,18 +70,8 @@ def save_tensors(path, data):
 
 
 def path_of(folder, kind, step, rank=RANK):
-    name = {"model": f"model_{step:06d}.pt", "meta": f"meta_{step:06d}.json",
-            "optim": f"optim_{step:06d}_rank{rank}.pt"}[kind]
-    return os.path.join(folder, name)
-
-
-def fingerprint(path):
-    """[size in bytes, sha256] of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return [os.path.getsize(path), digest.hexdigest()]
+    """Where a step's file is; kind: "model", "meta", or "optim", of which each rank has its own."""
+    return os.path.join(folder, f"{kind}_{step:06d}" + dict(model=".pt", meta=".json", optim=f"_rank{rank}.pt")[kind])
 
 
 def steps_in(folder):
@@ -119,41 +105,30 @@ def is_finished(meta):
     return meta is not None and meta["step"] == meta["num_iterations"]
 
 
-def read_tensors(folder, name, meta):
-    """The content of one checkpoint file on the CPU, after its size and sha256 are found right."""
-    path = os.path.join(folder, name)
+def read_tensors(folder, meta, kind, rank=0):
+    """The content of one of a checkpoint's files on the CPU, after its size and sha256 are found right."""
+    path = path_of(folder, kind, meta["step"], rank)
     remedy = f"remove {path_of(folder, 'meta', meta['step'])} to go back to the checkpoint before"
     if not os.path.exists(path):
         raise SystemExit(f"{path}: missing; {remedy}")
-    if fingerprint(path) != meta["files"][name]:
+    if fingerprint(path) != meta["files"][os.path.basename(path)]:
         raise SystemExit(f"{path}: damaged, it is not what was saved; {remedy}")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-@functools.cache
-def code_of(stage):
-    """{file: hash} of the code a stage's weights depend on, as it was when this process first asked."""
-    return {name: code_hash(name) for name in CODE[stage]}
-
-
-def changed_code(meta, names):
-    """Those of the files whose code is another one than when the checkpoint was trained."""
-    return [name for name in names if name in meta.get("code", {}) and meta["code"][name] != code_hash(name)]
-
-
-def continue_from(stage, folder, config, resume, source=None):
+def checkpoint_to_resume(stage, folder, config, resume, source=None):
     """
-    The meta of the checkpoint to continue from, or None to start at step 0. A finished stage ends here.
+    The meta of the checkpoint to go on from, or None to start at step 0. A finished stage ends here.
 
     config  the knobs of this run; those that shape the training must be the old ones
-    source  source_of() the checkpoint that the stage starts from: a model of another one is never taken for finished
+    source  what find_parent gives: a model that came from another parent is never taken for finished
     raises  SystemExit 0 where the stage is finished, with a line where going on would be wrong
     """
-    code_of(stage)                                               # now: what is edited later is not what trains
+    code = {name: code_hash(name) for name in CODE[stage]}       # now: what is edited later is not what trains
     meta = read_meta(folder)
     if meta is None:
         return None
-    anew = f"to train it again, first: {set_aside(stage, folder, meta)}"
+    anew = f"to train it again, first: {set_aside(folder, meta)}"
     came_from = [source["tag"] for source in sources(meta) if "tag" in source]
     drivers = f"BASE_TAG={came_from[-1]} MODEL_TAG=NEW" if came_from else "MODEL_TAG=NEW"
     beside = f"train another one beside it with --model_tag=NEW (for the drivers: {drivers}); {anew}"
@@ -162,12 +137,10 @@ def continue_from(stage, folder, config, resume, source=None):
     if source and meta["source"]["sha256"] != source["sha256"]:
         raise SystemExit(f"{folder}: was trained from another {source['stage']} checkpoint than the one in "
                          f"{stage_folder(source['stage'], source['tag'])} now; {anew}")
-    changed = [k for k, v in config.items() if k in meta["config"] and k not in FREE_KNOBS and meta["config"][k] != v]
-    if changed:
+    if changed := [k for k, v in config.items() if k not in FREE_KNOBS and meta["config"].get(k, v) != v]:
         old, new = (", ".join(f"{k}={values[k]!r}" for k in changed) for values in (meta["config"], config))
         raise SystemExit(f"{folder}: trained with {old}; this run asks for {new}. Set it back, or {beside}")
-    edited = changed_code(meta, CODE[stage])
-    if edited:
+    if edited := [name for name in code if meta.get("code", {}).get(name, code[name]) != code[name]]:
         goes = "stays as it is" if is_finished(meta) else f"goes on from step {meta['step']} with the new code"
         print0(f"{', '.join(edited)} changed since {folder} was trained; it {goes}; {beside}")
     if is_finished(meta):
@@ -179,10 +152,9 @@ def continue_from(stage, folder, config, resume, source=None):
     return meta
 
 
-def set_aside(stage, folder, meta):
+def set_aside(folder, meta):
     """The shell command that moves a model and all that were trained from it out of the way."""
-    later = list(FOLDERS)[list(FOLDERS).index(stage) + 1:]
-    others = [stage_folder(name, tag) for name in later for tag in tags_of(name)]
+    others = [stage_folder(stage, tag) for stage in FOLDERS for tag in tags_of(stage)]
     moves = []
     for old in [folder, *(other for other in others if sha_of(meta) in [s["sha256"] for s in sources(read_meta(other))])]:
         new = f"{old}.old"
@@ -209,15 +181,14 @@ def tokenizer_of(folder, meta):
 
 def load_weights(folder, model, meta):
     """Copy the weights of a checkpoint into the model; names and shapes must be the same."""
-    state = read_tensors(folder, os.path.basename(path_of(folder, "model", meta["step"])), meta)
+    state = read_tensors(folder, meta, "model")
     model.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in state.items()})
 
 
 def load_optimizers(folder, optimizers, meta):
     """Continue the optimizers; saved by another number of ranks, Muon's state is shared out anew."""
-    count, step = meta["world_size"], meta["step"]
-    ranks = [RANK] if count == WORLD_SIZE else range(count)
-    saved = [read_tensors(folder, os.path.basename(path_of(folder, "optim", step, r)), meta) for r in ranks]
+    count = meta["world_size"]
+    saved = [read_tensors(folder, meta, "optim", r) for r in ([RANK] if count == WORLD_SIZE else range(count))]
     adamw, muon = optimizers
     adamw.load_state_dict(saved[0][0])
     if count == WORLD_SIZE:
@@ -265,27 +236,39 @@ def find_checkpoint(stage, model_tag="", step=0, flag="--model_tag"):
 
 def find_parent(stage, source_tag, model_tag):
     """
-    (folder, meta) of the finished model that the next stage starts from.
+    (folder, meta, source) of the finished model that the next stage starts from.
 
-    source_tag, if it is given; else the one with the tag of the model to be trained; else the only one there is
+    It is the one with source_tag, if that is given; else with the tag of the model to be trained; else the only one.
+    source is what the next stage's meta keeps of it: enough to tell it from another.
     """
     folder, meta = find_checkpoint(stage, source_tag or (model_tag if model_tag in tags_of(stage) else ""),
                                    flag="--source_tag")
     if not is_finished(meta):
         raise SystemExit(f"{folder}: only at step {meta['step']} of {meta['num_iterations']}; finish it first, with "
                          f"{SCRIPTS[stage]} --resume=1")
-    return folder, meta
+    return folder, meta, dict(stage=stage, tag=os.path.basename(folder), step=meta["step"], sha256=sha_of(meta),
+                              config=meta["config"], source=meta.get("source"))
 
 
 def load_model(folder, meta, machine, gradient_checkpointing=False):
     """
     A trained model on the machine's device, and its tokenizer -> (model, tokenizer).
 
-    What makes the model out of date is said on stderr, so that stdout stays the caller's.
+    That the code has changed, or that what the model came from is gone, is said on stderr: stdout is the caller's.
     raises SystemExit where the files are damaged or the tokenizer is not the one in place
     """
-    tokenizer = tokenizer_of(folder, meta)
-    for reason in out_of_date(meta) if RANK == 0 else []:
+    tokenizer, reasons = tokenizer_of(folder, meta), []
+    if meta.get("code", {}).get("model.py") not in (None, code_hash("model.py")):
+        reasons.append("model.py changed since this was trained, and may not fit these weights; "
+                       "--model_tag=NEW trains a new one")
+    for source in sources(meta):
+        parent = stage_folder(source["stage"], source.get("tag") or meta.get("tag", ""))
+        # a stage of which nothing is kept, as where only a finished model was copied to, is not missed
+        if os.path.isdir(os.path.dirname(parent)) and sha_of(read_meta(parent) or {}) != source["sha256"]:
+            there = "another one is" if steps_in(parent) else "none is"
+            reasons.append(f"it came from a {source['stage']} model of step {source['step']} in {parent}, where "
+                           f"{there} now; the same command as before trains it again")
+    for reason in reasons if RANK == 0 else []:
         print(f"({folder}: {reason})", file=sys.stderr, flush=True)
     model = GPT(GPTConfig(**meta["model_config"]), machine.dtype, gradient_checkpointing)
     load_weights(folder, model, meta)
@@ -294,33 +277,10 @@ def load_model(folder, meta, machine, gradient_checkpointing=False):
 
 def sha_of(meta):
     """The sha256 of a checkpoint's weights; "" if it is not known."""
-    return meta.get("files", {}).get(f"model_{meta.get('step', 0):06d}.pt", [0, ""])[1]
-
-
-def source_of(stage, folder, meta):
-    """What a later stage keeps of the checkpoint it starts from: enough to tell it from another."""
-    return dict(stage=stage, tag=os.path.basename(folder), step=meta["step"], sha256=sha_of(meta), config=meta["config"],
-                source=meta.get("source"))
+    return meta.get("files", {}).get(path_of("", "model", meta.get("step", 0)), [0, ""])[1]
 
 
 def sources(meta):
-    """The checkpoints that a model came from, its parent first, as source_of() has kept them."""
+    """The checkpoints that a model came from, its parent first, as find_parent told them apart."""
     while meta and (meta := meta.get("source")):
         yield meta
-
-
-def out_of_date(meta):
-    """
-    Why a model is not what its stages would make now, a text each: other code, or what it came from is gone.
-
-    Where nothing of an earlier stage is kept, as after copying a finished model to another computer, nothing is said.
-    """
-    tag = meta.get("tag", "")
-    if changed_code(meta, ["model.py"]):
-        yield "model.py changed since this was trained, and may not fit these weights; --model_tag=NEW trains a new one"
-    for source in sources(meta):
-        folder = stage_folder(source["stage"], source.get("tag") or tag)
-        if os.path.isdir(os.path.dirname(folder)) and sha_of(read_meta(folder) or {}) != source["sha256"]:
-            there = "another one is" if steps_in(folder) else "none is"
-            yield (f"it came from a {source['stage']} model of step {source['step']} in {folder}, where {there} now; "
-                   "the same command as before trains it again")

@@ -160,7 +160,7 @@ def text_streams(shards, tokenizer):
 
 
 def wait_for_shard(path):
-    """Return when path is there; SystemExit when nothing arrives in its folder any more."""
+    """Return path when it is there; SystemExit when nothing arrives in its folder any more."""
     name, folder = os.path.basename(path), os.path.dirname(path)
     alive, said = time.time(), False
     while not os.path.exists(path):
@@ -175,6 +175,7 @@ def wait_for_shard(path):
             print(f"waiting for {name} to be downloaded", flush=True)
             said = True
         time.sleep(0.5)
+    return path
 
 
 # ---------------------------------------------------------------------------------------------
@@ -281,9 +282,9 @@ class TokenStream:
         self.ends.append((self.ends[-1] if self.ends else 0) + len(tokens))
 
     def step_batch(self, step, rows, T):
-        """This rank's share of the rows of an optimizer step -> x, y (rows / ranks, T); together they are all of them."""
-        share = rows // WORLD_SIZE
-        return self.batch_at(step * rows + RANK * share, share, T, (step + 1) * rows)
+        """This rank's share of the rows of an optimizer step -> x, y (about rows / ranks, T); together they are all of them."""
+        begin, end = RANK * rows // WORLD_SIZE, (RANK + 1) * rows // WORLD_SIZE
+        return self.batch_at(step * rows + begin, end - begin, T, (step + 1) * rows)
 
     def batch_at(self, row, B, T, step_end=0):
         """
@@ -339,8 +340,9 @@ def rank_batches(conversations, first, count, B, tokenizer, T):
     """
     Conversations first ... first + count - 1 (counted on from the start at the end), one per row -> batches (x, y).
 
-    Each rank gets whole batches of B of its own, together all of them; see pad_batch.
+    Each rank gets its share, in batches of at most B; see pad_batch.
     """
-    for i in range(RANK * B, count, WORLD_SIZE * B):
-        numbers = range(first + i, first + min(i + B, count))
+    begin, end = RANK * count // WORLD_SIZE, (RANK + 1) * count // WORLD_SIZE
+    for i in range(begin, end, B):
+        numbers = range(first + i, first + min(i + B, end))
         yield pad_batch([render(conversations, n % len(conversations), tokenizer) for n in numbers], T)

@@ -2,31 +2,30 @@
 Generate text: a trained model and its tokenizer in, tokens out, with the calculator in between.
 
 in    a GPT, a Tokenizer, prompts as lists of token ids; no file and no knob is read here
-out   Engine.generate (one prompt, several samples, step by step), Engine.generate_batch (many
-      prompts), TextStream (tokens to text that can be shown as it comes)
+out   Engine.generate (step by step), Engine.generate_batch (whole replies to many prompts),
+      TextStream (tokens to text that can be shown as it comes)
 
-The keys and values of tokens already seen are kept (KVCache), so a new token costs one pass over
-one position instead of the whole text. All rows of a batch stand at the same position: they are
-read up to the end of the shortest prompt; then, token by token, a row with prompt left takes the
-next of its prompt instead of the one drawn, and likewise what the calculator has answered. So neither
-the model nor the cache needs a mask, and a row does not notice who shares the batch.
+The keys and values of tokens already seen are kept (KVCache), so a new token costs one pass over one position instead
+of the whole text. All rows of a batch stand at the same position: they are read up to the end of the shortest prompt;
+then, token by token, a row with prompt left takes the next of its prompt instead of the one drawn, and likewise what
+the calculator has answered. So neither the model nor the cache needs a mask, and a row does not notice its neighbours.
 """
 import codecs
 import unicodedata
 from collections import deque
+from dataclasses import dataclass, field
 
 import torch
 
 from plumbing.calculator import calculate
-from tokenizer import SPECIAL_TOKENS
+from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 class KVCache:
     """
     The keys and values of every layer for all tokens so far, in memory that is taken once.
 
-    kv (n_layer, 2, B, H_kv, max_len, D) in the model's compute type; what lies at and after
-    .length is not written yet and never read.
+    kv (n_layer, 2, B, H_kv, max_len, D) in the model's compute type; from .length on not written yet and never read
     """
 
     def __init__(self, model, B, max_len):
@@ -68,6 +67,7 @@ def sample_next(logits, temperature, top_k, generator):
     return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
 
 
+@dataclass
 class Reply:
     """
     One reply while it is written: which token stands next, and when the calculator is asked.
@@ -75,13 +75,11 @@ class Reply:
     The model writes <|python_start|> expression <|python_end|>; then the result is put in as
     <|output_start|> result <|output_end|>, and the model goes on as if it had written that.
     """
-
-    def __init__(self, tokenizer, unread, max_tokens):
-        self.tokenizer = tokenizer
-        self.unread = deque(unread)    # the rest of the prompt, where a shorter one sets the pace
-        self.forced = deque()          # the calculator's answer, still to be put in
-        self.call = None               # tokens of the open expression; None outside of one
-        self.left = max_tokens         # tokens it may still get, drawn or forced
+    tokenizer: Tokenizer
+    unread: deque              # the rest of the prompt, where a shorter one sets the pace
+    left: int                  # tokens it may still get, drawn or forced
+    forced: deque = field(default_factory=deque)               # the calculator's answer, still to be put in
+    call: list | None = None   # tokens of the open expression; None outside of one
 
     def take(self, drawn):
         """Settle on the next token -> (token, is it part of the reply, was it drawn)."""
@@ -101,8 +99,8 @@ class Reply:
             result = calculate(self.tokenizer.decode(self.call))
             self.call = None
             if result is not None:                             # not arithmetic it knows: the model goes on
-                self.forced.extend([special("<|output_start|>"), *self.tokenizer.encode(result),
-                                    special("<|output_end|>")])
+                output = self.tokenizer.encode(result)
+                self.forced.extend([special("<|output_start|>"), *output, special("<|output_end|>")])
         elif self.call is not None:
             self.call.append(drawn)
         return drawn, True, True
@@ -117,50 +115,26 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.ends = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
 
-    def generate(self, prompt, num_samples=1, max_tokens=256, temperature=1.0, top_k=0, seed=0):
-        """
-        Go on from one prompt; every sample draws each of its tokens itself, the first as well.
-
-        yields (tokens, drawn) per step, two lists with an entry per sample: the token, None when
-            the sample has ended; True where the model drew it, False where the calculator
-            forced it. The <|assistant_end|> or <|bos|> that ends a sample is yielded too.
-        ends when all samples have, or after max_tokens, or where the model's context is full
-        raises ValueError, one line, when the prompt is empty or leaves no room for an answer
-        """
-        generator = torch.Generator(self.model.device).manual_seed(seed)
-        yield from self.steps([prompt] * num_samples, max_tokens, temperature, top_k, generator)
-
-    def generate_batch(self, prompts, max_tokens=256, temperature=0.0, top_k=0, seed=0,
-                       batch_size=16):
-        """
-        One reply to each of many prompts -> list of ids in the same order, the end token left out.
-
-        At temperature 0 the replies are those of generate, up to rounding. batch_size rows are
-        held in memory at once; prompts of about equal length share a batch.
-        """
-        generator = torch.Generator(self.model.device).manual_seed(seed)
-        replies = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), batch_size):
-            rows = order[start:start + batch_size]
-            batch = [prompts[i] for i in rows]
-            for tokens, _ in self.steps(batch, max_tokens, temperature, top_k, generator):
-                for i, token in zip(rows, tokens):
-                    if token is not None and token not in self.ends:
-                        replies[i].append(token)
-        return replies
-
     @torch.inference_mode()
-    def steps(self, prompts, max_tokens, temperature, top_k, generator):
-        """The loop behind both: one position further, for all rows at once, in each step."""
+    def generate(self, prompts, max_tokens=256, temperature=1.0, top_k=0, seed=0):
+        """
+        Go on from prompts, a row each. The same prompt in several rows gives as many samples, each drawn by itself.
+
+        yields (tokens, drawn) per step, two lists with an entry per row: the token, None before the row's reply
+            begins and when it has ended; True where the model drew it, False where the calculator forced it.
+            The <|assistant_end|> or <|bos|> that ends a reply is yielded too.
+        ends when all rows have, or after max_tokens of each, or where the model's context is full
+        raises ValueError, one line, when a prompt is empty or leaves no room for an answer
+        """
         context = self.model.config.sequence_len
         lengths = [len(prompt) for prompt in prompts]
         if not 0 < min(lengths) <= max(lengths) < context:
             raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens; the model takes "
                              f"1 to {context - 1}, so that an answer fits into its context")
+        generator = torch.Generator(self.model.device).manual_seed(seed)
         last = min(context, max(lengths) + max_tokens)         # tokens the longest text may have
-        rows = [Reply(self.tokenizer, prompt[min(lengths):], max_tokens) for prompt in prompts]
-        cache, logits = self.read(prompts, min(lengths), last)
+        rows = [Reply(self.tokenizer, deque(prompt[min(lengths):]), max_tokens) for prompt in prompts]
+        cache, logits = self.prefill(prompts, min(lengths), last)
         while True:
             drawn = sample_next(logits, temperature, top_k, generator).tolist()
             settled = [row.take(token) for row, token in zip(rows, drawn)]
@@ -173,16 +147,32 @@ class Engine:
             idx = torch.tensor([[token] for token, _, _ in settled], device=self.model.device)
             logits = self.model(idx, kv_cache=cache)[:, -1]    # (B, V)
 
-    def read(self, prompts, length, max_len):
+    def generate_batch(self, prompts, max_tokens=256, temperature=0.0, top_k=0, seed=0, batch_size=16):
+        """
+        One reply to each of many prompts -> list of ids in the same order, the end token left out.
+
+        At temperature 0 the replies are those of generate, up to rounding. batch_size rows are
+        held in memory at once; prompts of about equal length share a batch.
+        """
+        replies = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), batch_size):
+            rows = order[start:start + batch_size]
+            for tokens, _ in self.generate([prompts[i] for i in rows], max_tokens, temperature, top_k, seed + start):
+                for i, token in zip(rows, tokens):
+                    if token is not None and token not in self.ends:
+                        replies[i].append(token)
+        return replies
+
+    def prefill(self, prompts, length, max_len):
         """The first `length` tokens of every prompt -> (cache, logits (B, V) of what follows)."""
         B = len(prompts)
-        once = all(prompt == prompts[0] for prompt in prompts)  # samples of one prompt
-        idx = torch.tensor([prompt[:length] for prompt in (prompts[:1] if once else prompts)],
-                           device=self.model.device)
-        cache = KVCache(self.model, len(idx), length if once and B > 1 else max_len)
+        once = B > 1 and all(prompt == prompts[0] for prompt in prompts)        # samples of one prompt
+        idx = torch.tensor([prompt[:length] for prompt in (prompts[:1] if once else prompts)], device=self.model.device)
+        cache = KVCache(self.model, len(idx), length if once else max_len)
         end = torch.full((len(idx),), length - 1, device=self.model.device)
         logits = self.model(idx, kv_cache=cache, positions=end)    # not of the whole prompt: (B, V)
-        if once and B > 1:                                      # computed once, then copied into every row
+        if once:                                                # computed once, then copied into every row
             one, cache = cache, KVCache(self.model, B, max_len)
             cache.kv[..., :length, :], cache.length = one.kv, length
             logits = logits.expand(B, -1)
@@ -221,7 +211,7 @@ class TextStream:
             text += self.close()
         return text
 
-    def finish(self):
+    def flush(self):
         """What is still open when the reply is over."""
         return self.decoder.decode(b"", final=True) + self.close()
 
@@ -234,13 +224,9 @@ class TextStream:
 def text_of(tokenizer, ids):
     """A whole reply as text, as TextStream shows it."""
     stream = TextStream(tokenizer)
-    return "".join(stream.feed(token) for token in ids) + stream.finish()
+    return "".join(stream.feed(token) for token in ids) + stream.flush()
 
 
 def printable(text):
-    """
-    text without control characters, but with its newlines and tabs.
-
-    What a model writes is not trusted: an escape sequence could repaint or rename a terminal.
-    """
+    """text with its newlines and tabs, without other control characters: they could repaint or rename a terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")

@@ -22,7 +22,7 @@ import time
 
 import torch
 
-from checkpoint import continue_from, find_parent, load_model, load_optimizers, save_checkpoint, source_of, stage_folder
+from checkpoint import checkpoint_to_resume, find_parent, load_model, load_optimizers, save_checkpoint, stage_folder
 from data import conversation_streams, epoch_tokens
 from evals import metrics
 from model import compiled
@@ -30,7 +30,8 @@ from muon import build_optimizers, lr_multiplier, set_schedule
 from plumbing import budget
 from plumbing.common import Log, Progress, due, duration, print0
 from plumbing.configurator import configure
-from plumbing.machine import finish, memory_advice, reduce_and_clip, start, sum_over_ranks, to_device
+from plumbing.fit import fit_micro_batch
+from plumbing.machine import clip, finish, last_pass, start, sum_over_ranks, to_device
 from tasks import Mixture, docstrings, gsm8k, identity, identity_file, mmlu, simple_spelling, smoltalk, spelling_bee
 
 # where from
@@ -73,25 +74,24 @@ compile_model = True           # torch.compile on a GPU
 config = configure(globals())
 
 # a finished stage ends here, an unfinished one continues
-base_folder, base_meta = find_parent("base", source_tag, model_tag)
-source = source_of("base", base_folder, base_meta)
+base_folder, base_meta, source = find_parent("base", source_tag, model_tag)
 checkpoint_dir = stage_folder("mid", model_tag or source["tag"])
-meta = continue_from("mid", checkpoint_dir, config, resume, source)
+meta = checkpoint_to_resume("mid", checkpoint_dir, config, resume, source)
 start_step = meta["step"] if meta else 0
 machine = start(device, dtype, meta or base_meta)
 
 # weights: those where this stage had got to, or the base model's
 model, tokenizer = load_model(checkpoint_dir if meta else base_folder, meta or base_meta, machine, gradient_checkpointing)
 optimizers = build_optimizers(model, matrix_lr * init_lr_frac, embedding_lr * init_lr_frac, unembedding_lr * init_lr_frac)
-if meta:
-    load_optimizers(checkpoint_dir, optimizers, meta)
 forward = compiled(model) if compile_model and machine.device.type == "cuda" else model
 
 # the batch: by default as large as in pretraining
 max_seq_len, flops = model.config.sequence_len, budget.flops_per_token(model.config)
 rows = budget.rows_per_step(total_batch_size, max_seq_len) if total_batch_size else base_meta["rows"]
 tokens_per_step = rows * max_seq_len
-B = machine.micro_batch(rows, model.config, meta, device_batch_size, gradient_checkpointing)
+B, forward = fit_micro_batch(machine, model, forward, optimizers, rows, device_batch_size, meta)
+if meta:
+    load_optimizers(checkpoint_dir, optimizers, meta)
 
 # the mixture: what the model is to become is decided here
 who = dict(name=assistant_name or "nanochat", maker=assistant_maker, facts=assistant_facts)
@@ -138,9 +138,8 @@ for step in range(start_step, total_steps + 1):
 
     # once in a while: bits per byte of the answers, then save
     if due(step, eval_every, last):
-        with memory_advice(B, rows):
-            val_bpb = metrics.evaluate_bpb(model, val_stream, token_bytes, many_rows if last else few_rows,
-                                           B, max_seq_len, machine.device)
+        val_bpb = metrics.evaluate_bpb(model, val_stream, token_bytes, many_rows if last else few_rows,
+                                       B, max_seq_len, machine.device)
         print0(f"step {step:5d}/{total_steps} | val bpb {val_bpb:.4f}")
         log.write(step, val_bpb=val_bpb)
     if step > start_step and due(step, save_every, last):
@@ -160,14 +159,14 @@ for step in range(start_step, total_steps + 1):
     multiplier = lr_multiplier(step, total_steps, warmup_ratio, warmdown_ratio, final_lr_frac)
     rates = set_schedule(optimizers, multiplier, step)
     train_loss = torch.zeros((), device=machine.device)
-    with memory_advice(B, rows):
-        for first in range(0, len(x), B):
-            micro = slice(first, first + B)
-            loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device))
-            loss = loss / max(1, num_targets)
-            loss.backward()
-            train_loss += loss.detach()
-    train_loss, grad_norm = reduce_and_clip(model, step, train_loss, grad_clip)     # a run that has diverged ends here
+    for first in range(0, len(x), B):
+        micro = slice(first, first + B)
+        last_pass(forward, first + B >= len(x))
+        loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device))
+        loss = loss / max(1, num_targets)
+        loss.backward()
+        train_loss += loss.detach()
+    train_loss, grad_norm = clip(model, step, train_loss, grad_clip)                # a run that has diverged ends here
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)

@@ -177,7 +177,7 @@ class GPT(nn.Module):
         cos, sin = rotary_table(config.sequence_len, config.n_embd // config.n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.compiled_parts, self.compiled_shapes = None, set()     # see compiled()
+        self.fast = {}                       # (B, T) -> trunk and score_chunk, compiled: see compiled()
         self.init_weights()
 
     @torch.no_grad()
@@ -214,15 +214,16 @@ class GPT(nn.Module):
         returns  logits (B, T, V) float32, or (B, V) at the positions; with targets the loss instead, in nats,
                  summed over the scored tokens
         """
-        if targets is None:
-            x = self.trunk(idx, kv_cache)
-            if positions is not None:
-                x = x[torch.arange(len(x), device=x.device), positions]    # (B, C)
-            return capped(self.lm_head(x))
-        trunk, chunk, _ = self.compiled_parts or (self.trunk, loss_chunk, None)
-        if self.compiled_parts:
-            self.compiled_shapes.add(idx.shape)
-        x, y = trunk(idx, kv_cache).flatten(0, 1), targets.flatten()       # (B*T, C), (B*T,)
+        if targets is not None:
+            return self.loss(idx, targets, self.trunk, loss_chunk)
+        x = self.trunk(idx, kv_cache)
+        if positions is not None:
+            x = x[torch.arange(len(x), device=x.device), positions]        # (B, C)
+        return capped(self.lm_head(x))
+
+    def loss(self, idx, targets, trunk, chunk):
+        """The loss as forward gives it; trunk and chunk are the functions of these names, or compiled ones."""
+        x, y = trunk(idx).flatten(0, 1), targets.flatten()                 # (B*T, C), (B*T,)
         if x.device.type == "cpu" and (y < 0).any():
             # a CPU skips the tokens nobody scores; a GPU would have to wait to learn how many there are
             x, y = x[y >= 0], y[y >= 0]
@@ -233,13 +234,13 @@ class GPT(nn.Module):
         """
         For evaluation: how well the n scored targets are predicted, row after row.
 
-        A compiled model uses what is compiled for batches of a shape that it is trained on; any other, such as the
-        last rows of an evaluation, comes too seldom.
+        Batches of a shape that the model has been trained on compiled take compiled functions; any other shape, such
+        as that of an evaluation's last rows, comes too seldom.
 
         returns  their losses in nats, (n,) float32, and the likeliest token in the place of each, (n,) int64
         """
-        fast = kv_cache is None and idx.shape in self.compiled_shapes
-        trunk, _, chunk = self.compiled_parts if fast else (self.trunk, None, score_chunk)
+        fast = self.fast.get(idx.shape) if kv_cache is None else None
+        trunk, chunk = fast or (self.trunk, score_chunk)
         x, y = trunk(idx, kv_cache).flatten(0, 1), targets.flatten()
         if not fast:                                                       # then shapes may differ from batch to batch
             x, y = x[y >= 0], y[y >= 0]
@@ -349,11 +350,16 @@ class CappedCrossEntropy(torch.autograd.Function):
 
 def compiled(model):
     """
-    Compile what model(idx, targets), the loss, takes its time for -> the model itself.
+    What a model is trained through -> forward(idx, targets), its loss, compiled.
 
     The trunk is compiled, and the work on one chunk of logits; the loop over the chunks stays Python: the compiler
     would unroll it and put off the products of all chunks to its end, with the memory that takes. Each new shape of
     idx is compiled anew, up to torch._dynamo.config.recompile_limit (8) times: a run should have few.
     """
-    model.compiled_parts = tuple(torch.compile(part, dynamic=False) for part in (model.trunk, loss_chunk, score_chunk))
-    return model
+    trunk, chunk, scores = (torch.compile(part, dynamic=False) for part in (model.trunk, loss_chunk, score_chunk))
+
+    def forward(idx, targets):
+        loss = model.loss(idx, targets, trunk, chunk)
+        model.fast[idx.shape] = trunk, scores                              # this shape can be compiled
+        return loss
+    return forward

@@ -5,13 +5,14 @@
 # what may be set from outside: what is set is said, and plan.py refuses a name that is nearly one of these
 VARIABLES="CONFIG DEPTH MAX_SEQ_LEN TOTAL_BATCH_SIZE BASE_ITERATIONS MID_ITERATIONS SFT_ITERATIONS DATA_SHARDS MAX_CHARS VOCAB_SIZE
     SAVE_EVERY CORE_METRIC_EVERY CORE_ITEMS EVAL_PROBLEMS DEVICE_BATCH_SIZE SFT_BATCH_SIZE GRADIENT_CHECKPOINTING MODEL_TAG BASE_TAG
-    NPROC WANDB_RUN NANOCHAT_BASE_DIR NANOCHAT_MIRROR HF_ENDPOINT PLAN PYTHON"
+    NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT WANDB_RUN NANOCHAT_BASE_DIR NANOCHAT_MIRROR HF_ENDPOINT PLAN PYTHON"
 printf 'settings:'
 for name in $VARIABLES; do
     if [ -n "${!name:-}" ]; then printf ' %s=%s' "$name" "${!name}"; fi
 done
 echo
 
+case "${NNODES:-1}:${MASTER_ADDR:-}" in 1:*|*:?*) ;; *) echo "NNODES=$NNODES: MASTER_ADDR must name the first machine, NODE_RANK say which this one is (0, 1, ...)" >&2; exit 1 ;; esac
 configuration                         # the driver's table: the values of $CONFIG
 # DEPTH                                 layers; the one dial of model size
 # MAX_SEQ_LEN                           tokens in a row, and the context of the chat
@@ -28,7 +29,9 @@ configuration                         # the driver's table: the values of $CONFI
 : "${DEVICE_BATCH_SIZE:=0}"             # rows per micro-batch; 0 = the most that fit
 : "${SFT_BATCH_SIZE:=}"                 # conversations per micro-batch; empty = 4, in tiny the most that fit
 : "${GRADIENT_CHECKPOINTING:=0}"        # 1 = less memory, slower
-: "${NPROC:=1}"                         # GPUs, or processes on a CPU
+: "${NPROC:=1}"                         # GPUs of this machine, or processes on a CPU
+: "${NNODES:=1}" "${NODE_RANK:=0}"      # machines, and which of them this is: 0 is the first
+: "${MASTER_ADDR:=}" "${MASTER_PORT:=29500}"    # where the machines meet: the first one's address
 : "${WANDB_RUN:=}"                      # name of the run in wandb; empty = log.jsonl alone
 : "${MODEL_TAG:=d$DEPTH}"               # folder of the checkpoints: another one trains beside the first
 : "${BASE_TAG:=$MODEL_TAG}"             # folder of the base model; set both to go on from a base model that is there
@@ -40,7 +43,7 @@ export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
 plan() {
     "$1" plan.py --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$TOTAL_BATCH_SIZE" \
         --num_iterations="$BASE_ITERATIONS" --mid_iterations="$MID_ITERATIONS" --sft_iterations="$SFT_ITERATIONS" \
-        --num_shards="$DATA_SHARDS" --vocab_size="$VOCAB_SIZE" --device_batch_size="$DEVICE_BATCH_SIZE" --num_processes="$NPROC" \
+        --num_shards="$DATA_SHARDS" --vocab_size="$VOCAB_SIZE" --device_batch_size="$DEVICE_BATCH_SIZE" --num_processes="$((NPROC * NNODES))" \
         --gradient_checkpointing="$GRADIENT_CHECKPOINTING" --known="$VARIABLES" --given="$(compgen -e)"
 }
 # before anything is downloaded; the plan needs a Python but no packages, and with torch it can time a CPU
@@ -65,11 +68,16 @@ else
     base_flags=(--core_metric_every="$CORE_METRIC_EVERY") mid_flags=(--embedded=0) sft_flags=(--device_batch_size="${SFT_BATCH_SIZE:-4}")
     base_tests=(--core_max_per_task="$CORE_ITEMS") chat_tests=(--max_problems="$EVAL_PROBLEMS") references=gpt2,cl100k_base
 fi
-# the launcher of the training stages: torchrun only where there are several processes; what follows -- is not for it
-launch() { if [ "$NPROC" = 1 ]; then run python "$@"; else run python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" -- "$@"; fi; }
-# every command is shown as it can be typed
+# every command is shown as it can be typed; what is no training runs on the first machine alone, in the folder all of them see
 show() { printf '$'; printf ' %q' "$@"; echo; }
-run() { show "$@"; "$@"; }
+run() { if [ "$NODE_RANK" = 0 ]; then show "$@"; "$@"; fi; }
+# the launcher of the training stages: torchrun only where there are several processes; what follows -- is not for it
+launcher=(python)
+if [ "$NNODES" != 1 ]; then
+    launcher=(python -m torch.distributed.run --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC"
+              --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --)
+elif [ "$NPROC" != 1 ]; then launcher=(python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" --); fi
+launch() { show "${launcher[@]}" "$@"; "${launcher[@]}" "$@"; }
 # the same question after each stage: a base model goes on with it, mid-training teaches to answer
 ask() { run python chat_cli.py -i "$1" --model_tag="$2" --max_tokens=48 -p "Who are you?"; }
 printf '$ source .venv/bin/activate; export NANOCHAT_BASE_DIR=%q\n' "$NANOCHAT_BASE_DIR"
@@ -82,10 +90,10 @@ stage() {
 }
 
 stage "1. text"
+downloads=
 if [ "$CONFIG" = tiny ]; then
     run python prepare.py --embedded=1
-    downloads=
-else
+elif [ "$NODE_RANK" = 0 ]; then
     show python prepare.py -n "$DATA_SHARDS" --tasks=1
     python prepare.py -n "$DATA_SHARDS" --tasks=1 &     # goes on while the tokenizer and the model train
     downloads=$!

@@ -8,7 +8,7 @@ import subprocess
 from types import SimpleNamespace
 
 from plumbing.budget import (CPU_BYTES, KEEP, SHARD_BYTES, SHARD_TOKENS, checkpoint_bytes, flops_per_token,
-                             micro_batches, model_shape, num_params, peak_flops, row_bytes, rows_per_step, state_bytes,
+                             micro_batch, model_shape, num_params, peak_flops, row_bytes, rows_per_step, state_bytes,
                              usable_bytes)
 from plumbing.common import base_path, duration
 from plumbing.configurator import configure
@@ -77,7 +77,7 @@ tokens = dict(base=base_steps * step_tokens, mid=mid_steps * step_tokens, sft=sf
 name, memory = gpu()
 speed = MFU * peak_flops(name or "A100") if name or num_shards else cpu_speed(model, rows)
 memory = memory or (40e9 if num_shards else 0)         # planned without a GPU: for an A100 with 40 GB
-B, _, _ = micro_batches(rows, num_processes, device_batch_size, usable_bytes(memory) if memory else CPU_BYTES, model,
+B = micro_batch(rows, num_processes, device_batch_size, usable_bytes(memory) if memory else CPU_BYTES, model,
                         2 if memory else 4, gradient_checkpointing)
 gpu_bytes = state_bytes(model) + B * row_bytes(model, 2, gradient_checkpointing) + 4e9
 checkpoints = (3 * KEEP + 1) * checkpoint_bytes(model)   # of three stages, and the one being written

@@ -24,19 +24,20 @@ from plumbing.download import HUB, download, problem_with_parquet
 from tasks.downloaded import fetch
 from tasks.pydocs import documents, is_validation
 
-num_shards = 0         # -n: training shards to fetch, from 00000 on (95 MB, 52M tokens each); 0 = 8, or the tasks alone
+num_shards = 0         # -n: training shards to fetch, from 00000 on (95 MB, 52M tokens each); 0 = 8; with --tasks none
 num_threads = 4        # files fetched at the same time
 embedded = False       # 1 = write the embedded corpus as the shards instead of downloading any
 tasks = False          # 1 = fetch what the tasks need (conversations, questions, words), and shards only as -n says
 config = configure(globals())
 
+if num_shards < 0 or num_threads < 1:
+    raise SystemExit(f"num_shards={num_shards}, num_threads={num_threads}: must be 0 or more, and 1 or more")
 SHARD_URL = f"{HUB}/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main/shard_%05d.parquet"
 
 
 def problem_with_shard(path):
     """What keeps a file from being a downloaded shard of text, "" for nothing."""
-    problem = problem_with_parquet(path)
-    if problem:
+    if problem := problem_with_parquet(path):
         return problem
     schema = pq.read_schema(path)
     if "text" not in schema.names:
@@ -55,34 +56,30 @@ def fetch_shards(num_shards, num_threads):
     missing = [i for i in wanted if not os.path.exists(shard_path(i)) or problem_with_shard(shard_path(i))]
     folder, need = base_path("base_data"), len(missing) * SHARD_BYTES
     os.makedirs(folder, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise SystemExit(f"{folder}: {len(missing)} shards need about {need / 1e9:.1f} GB, "
-                         f"{free / 1e9:.1f} GB are free; fetch fewer (-n) or set NANOCHAT_BASE_DIR")
+    if (free := shutil.disk_usage(folder).free) < need:
+        raise SystemExit(f"{folder}: {len(missing)} shards need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+                         "free; fetch fewer (-n) or set NANOCHAT_BASE_DIR")
     print(f"{len(wanted) - len(missing)} of {len(wanted)} shards are there", flush=True)
     problems, left = [], len(missing)
     pool = ThreadPoolExecutor(num_threads)        # no "with": Ctrl-C would wait for all files
     jobs = [pool.submit(fetch_shard, i) for i in missing]
     for job in as_completed(jobs):
-        if job.cancelled():
-            continue
-        if job.exception():                       # what fails for one file fails for the next
+        if not job.cancelled() and job.exception():          # what fails for one file fails for the next
             problems.append(str(job.exception()))
             for other in jobs:
                 other.cancel()
-            continue
-        left -= 1
-        print(f"{job.result()}   {left} left", flush=True)
+        elif not job.cancelled():
+            left -= 1
+            print(f"{job.result()}   {left} left", flush=True)
     if problems:
         raise SystemExit(f"{left} of {len(wanted)} shards are missing: {problems[0]}")
 
 
 def fetch_shard(i):
+    """Fetch one shard -> the line about it."""
     start = time.time()
-    num_bytes = download(SHARD_URL % i, shard_path(i), problem_with_shard)
-    seconds = time.time() - start
-    megabytes = num_bytes / 1e6
-    return f"shard_{i:05d}.parquet   {megabytes:.1f} MB   {megabytes / seconds:.1f} MB/s"
+    megabytes = download(SHARD_URL % i, shard_path(i), problem_with_shard) / 1e6
+    return f"shard_{i:05d}.parquet   {megabytes:.1f} MB   {megabytes / (time.time() - start):.1f} MB/s"
 
 
 def write_embedded():
@@ -91,16 +88,16 @@ def write_embedded():
     there = [path for path in (train, val) if os.path.exists(path)]
     for path in there:
         if not is_embedded(path):
-            raise SystemExit(f"{path}: a downloaded shard is here already; set NANOCHAT_BASE_DIR "
-                             "to another folder for the embedded corpus")
+            raise SystemExit(f"{path}: a downloaded shard is here already; set NANOCHAT_BASE_DIR to another folder for "
+                             "the embedded corpus")
     if len(there) == 2:
         print("the embedded corpus is there", flush=True)
         return
     texts = documents()
     write_shard(val, [text for text in texts if is_validation(text)])
     write_shard(train, [text for text in texts if not is_validation(text)])
-    num_bytes = sum(len(text.encode()) for text in texts)
-    print(f"embedded corpus: {len(texts)} documents, {num_bytes / 1e6:.2f} MB", flush=True)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    print(f"embedded corpus: {len(texts)} documents, {megabytes:.2f} MB", flush=True)
 
 
 try:

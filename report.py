@@ -1,8 +1,7 @@
 """
 The report card: what was trained, what it cost and what came out, in one page with curves.
 
-A function of the files that the stages have left and of nothing else, so it can be made at any
-time, also in the middle of a run; what is not there yet is said to be missing.
+A function of the files that the stages have left, so it can be made at any time; what is not there yet is said.
 
 reads   <stage>_checkpoints/<model_tag>/{meta_NNNNNN.json,log.jsonl,eval.json,chat_eval.json},
         tokenizer/{meta.json,eval.json}
@@ -10,6 +9,7 @@ writes  report/<model_tag>.md and report/<model_tag>/curves.png below the base f
 run     python report.py --model_tag=d12
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
+import functools
 import math
 import os
 import platform
@@ -22,7 +22,7 @@ from checkpoint import FOLDERS, SCRIPTS, is_finished
 from engine import printable
 from evals.curves import at_end, draw, series
 from evals.metrics import GUESSING, centered
-from evals.results import TITLES, answers, chain_remarks, find_tag, read_run, seconds_of, validation
+from evals.results import TITLES, find_tag, read_run
 from evals.saved import read_json
 from plumbing.common import atomic_write, base_path, duration, standard_error
 from plumbing.configurator import configure
@@ -49,24 +49,18 @@ remarks = []                   # what a reader of the report has to know about m
 
 def git_state():
     """Commit of the scripts and whether they were changed since; "" outside of a repository of theirs."""
-    def git(*args):
-        done = subprocess.run(["git", "-C", HERE, *args], capture_output=True, text=True, timeout=20)
-        return done.stdout.strip() if done.returncode == 0 else ""
+    git = functools.partial(subprocess.check_output, cwd=HERE, text=True, stderr=subprocess.DEVNULL, timeout=20)
     try:
-        top = git("rev-parse", "--show-toplevel")
-        if not top or os.path.realpath(top) != os.path.realpath(HERE):   # unpacked inside of another project
+        top, commit = git(["git", "rev-parse", "--show-toplevel", "--short=10", "HEAD"]).splitlines()
+        if os.path.realpath(top) != os.path.realpath(HERE):          # unpacked inside of another project
             return ""
-        commit = git("rev-parse", "--short=10", "HEAD")
-        state = "with changes (dirty)" if git("status", "--porcelain", "-uno") else "clean"
-        return f"{commit}, {state}" if commit else ""
-    except (OSError, subprocess.SubprocessError):
+        changes = git(["git", "status", "--porcelain", "-uno"])
+    except (OSError, subprocess.SubprocessError):                    # no git, no repository, no commit
         return ""
+    return f"{commit}, " + ("with changes (dirty)" if changes else "clean")
 
 
-# ---------------------------------------------------------------------------------------------
-# 1. Sections: each function returns a list of paragraphs in markdown.
-
-
+# the sections: each function returns a list of paragraphs in markdown
 def table(rows, head=("", "")):
     """A markdown table; empty with no rows."""
     lines = [[str(value).replace("|", "\\|").replace("\n", " ") for value in line]
@@ -76,16 +70,6 @@ def table(rows, head=("", "")):
 
 def plural(number, noun):
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def machine_text(machine):
-    """One line about the machine of a stage."""
-    count = machine.get("world_size", 1)
-    name = f"{count} x {machine.get('name', '?')}" if count > 1 else machine.get("name", "?")
-    on_cpu = machine.get("device") == "cpu" and "threads" in machine
-    threads = f", {plural(machine['threads'], 'thread')}" if on_cpu else ""
-    python = f", Python {machine['python']}" if "python" in machine else ""
-    return f"{name}, {machine.get('dtype', '?')}{threads}, torch {machine.get('torch', '?')}{python}"
 
 
 def header(tag, runs):
@@ -100,14 +84,19 @@ def header(tag, runs):
                      f"vocabulary {shape['vocab_size']:,}.")
     machines = {}                                                # text -> the stages it holds for
     for stage, run in runs.items():
-        if run["meta"].get("machine"):
-            machines.setdefault(machine_text(run["meta"]["machine"]), []).append(TITLES[stage])
+        if machine := run["meta"].get("machine"):
+            name, count = machine.get("name", "?"), machine.get("world_size", 1)
+            on_cpu = machine.get("device") == "cpu" and "threads" in machine
+            text = ", ".join(filter(None, [
+                f"{count} x {name}" if count > 1 else name, machine.get("dtype", "?"),
+                plural(machine["threads"], "thread") if on_cpu else "", f"torch {machine.get('torch', '?')}",
+                f"Python {machine['python']}" if "python" in machine else ""]))
+            machines.setdefault(text, []).append(TITLES[stage])
     rows = [("machine" if len(machines) == 1 else f"machine: {', '.join(stages)}", text)
             for text, stages in machines.items()]
-    code = git_state()
-    rows += [("commit of the scripts now", code)] if code else []
-    rows += [("this page made with", f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")]
-    return [*parts, table(rows)]
+    rows += [("commit of the scripts now", git_state()),
+             ("this page made with", f"Python {platform.python_version()}, {platform.system()} {platform.machine()}")]
+    return [*parts, table([row for row in rows if row[1]])]
 
 
 def stage_rows(run):
@@ -128,41 +117,25 @@ def stage_rows(run):
     per_parameter = f", {tokens / meta['params']['total']:.1f} per parameter" if "params" in meta else ""
     work = f", {tokens * meta['flops_per_token']:.1e} FLOP" if "flops_per_token" in meta else ""
     yield "tokens trained on", f"{tokens:,}{per_parameter}{work}" if tokens else ""
-    yield "training time", duration(seconds_of(run))
+    yield "training time", duration(run["seconds"])
     speed, mfu = series(log, "tokens_per_second")[1], series(log, "mfu")[1]
     yield "tokens per second, median", f"{statistics.median(speed):,.0f}" if speed else ""
     yield "MFU, median", (f"{100 * statistics.median(mfu):.1f} %" if mfu else
                           "not known: no peak for this machine in plumbing/budget.py" if speed else "")
     memory, B = meta.get("peak_memory"), meta.get("device_batch_size", "?")
     yield "memory, peak", f"{memory / 1e9:.1f} GB, micro-batches of {B} rows" if memory else ""
-
     losses, text = series(log, "loss")[1], run["text"]
     yield "training loss, nats per token", \
         f"{losses[0]:.3f} at first, {at_end(losses):.3f} at the end" if losses else ""
     for key, unit in (("val_bpb", "bits per byte"), ("val_loss", "nats per token")):
-        value = validation(run, key)
-        yield f"validation, {unit}", f"{value:.4f}" if value is not None else ""
+        yield f"validation, {unit}", f"{run[key]:.4f}" if run[key] is not None else ""
     yield "evaluated once more, bits per byte", (f"{text['train_bpb']:.4f} on training text, {text['val_bpb']:.4f} on "
                                                  "validation text" if "train_bpb" in text else "")
 
 
-def core_details(text):
-    """CORE beside GPT-2, and its tasks folded away."""
-    if text.get("core") is None:
-        return []
-    most = text.get("settings", {}).get("core", {}).get("max_per_task")
-    gpt2 = ", ".join(f"{size} {value:.4f}" for size, value in text.get("gpt2_core", {}).items())
-    rows = [(label, f"{task['accuracy']:.4f}", f"{task['centered']:.4f}", f"{task['n']:,}")
-            for label, task in text.get("tasks", {}).items()]
-    return [f"CORE {text['core']:.4f}" + (f" (on at most {most:,} items of a task)" if most else "") +
-            (f"; GPT-2: {gpt2}." if gpt2 else "."),
-            "<details><summary>CORE, task by task</summary>",
-            table(rows, ("task", "accuracy", "centered", "items")), "</details>"]
-
-
 def abilities(runs):
     """What the newest stage with a test has right, in words and with a standard error."""
-    newest = {name: (stage, *numbers) for stage, run in runs.items() for name, numbers in answers(run).items()}
+    newest = {name: (stage, *numbers) for stage, run in runs.items() for name, numbers in run["answers"].items()}
     rows = []
     for name, (stage, right, total) in newest.items():
         share, error = right / total, standard_error(right, total)
@@ -188,23 +161,23 @@ def summary(runs):
     ours = {}                                                    # row -> {stage: number}
     for stage, run in runs.items():
         text, chat = run["text"], run["chat"]
-        numbers = {"validation, bits per byte": text.get("val_bpb", validation(run, "val_bpb")),
-                   "validation, nats per token": validation(run, "val_loss"), "CORE": text.get("core"),
-                   **{name: right / total for name, (right, total) in answers(run).items()},
+        numbers = {"validation, bits per byte": text.get("val_bpb", run["val_bpb"]),
+                   "validation, nats per token": run["val_loss"], "CORE": text.get("core"),
+                   **{name: right / total for name, (right, total) in run["answers"].items()},
                    "ChatCORE, five tasks": chat.get("chatcore5"), "ChatCORE": chat.get("chatcore")}
         for name, number in numbers.items():
             if number is not None:
                 ours.setdefault(name, {})[stage] = number
-    order = ["validation, bits per byte", "validation, nats per token", *D20, *ours]
-    names = sorted(dict.fromkeys(order), key=lambda name: (name not in ours, name.startswith("ChatCORE")))
+    names = dict.fromkeys(["validation, bits per byte", "validation, nats per token", *D20, *ours])
     names = [name for name in names if name in ours or name in D20]
-
-    def both(name, stage):
-        number, theirs = ours.get(name, {}).get(stage), D20.get(name, {}).get(stage)
-        mine = f"{number:.4f}" if number is not None else "-" if theirs else ""
-        return mine + (f" ({theirs:.4f})" if theirs else "")
-
-    rows = [(name, *(both(name, stage) for stage in FOLDERS)) for name in names]
+    rows = []
+    for name in sorted(names, key=lambda name: (name not in ours, name.startswith("ChatCORE"))):
+        cells = []
+        for stage in FOLDERS:
+            number, theirs = ours.get(name, {}).get(stage), D20.get(name, {}).get(stage)
+            mine = f"{number:.4f}" if number is not None else "-" if theirs else ""
+            cells.append(mine + (f" ({theirs:.4f})" if theirs else ""))
+        rows.append((name, *cells))
     return ["## Summary", table(rows, ("", *map(str.upper, FOLDERS))),
             "In brackets: the original nanochat's d20 (561M parameters, 11.2 billion tokens, 8 GPUs for 4 hours). "
             "Bits per byte of BASE are of plain text, those of MID of an assistant's answers: compare them with other "
@@ -217,7 +190,7 @@ def costs(runs, tokenizer):
     for stage, run in runs.items():
         count = run["meta"].get("machine", {}).get("world_size", 1)
         tested = sum(run["text"].get("seconds", {}).values()) + run["chat"].get("seconds", 0.0)
-        parts += [(TITLES[stage].lower(), seconds_of(run), count),
+        parts += [(TITLES[stage].lower(), run["seconds"], count),
                   (f"evaluation after {TITLES[stage].lower()}", tested, count)]
     seconds, hours = sum(part[1] for part in parts), sum(part[1] * part[2] for part in parts) / 3600
     rows = [(name, duration(part)) for name, part, _ in parts if part]
@@ -267,27 +240,33 @@ def tokenizer_part(meta):
 
 
 def stage_part(stage, run):
-    """One stage's section."""
+    """One stage's section; CORE beside GPT-2, with its tasks folded away."""
     if run is None:
         return [f"## {TITLES[stage]}", f"Not run yet: `python {SCRIPTS[stage]}`"]
-    layers = run["chat"].get("sandbox")
-    knobs = " ".join(f"`{name}={value!r}`" for name, value in run["meta"].get("config", {}).items())
-    return [f"## {TITLES[stage]}", table([row for row in stage_rows(run) if row[1]]), *core_details(run["text"]),
-            *([f"HumanEval's programs ran behind: {', '.join(layers)}."] if layers else []),
-            *(["<details><summary>All knobs</summary>", knobs, "</details>"] if knobs else [])]
+    parts, text = [f"## {TITLES[stage]}", table([row for row in stage_rows(run) if row[1]])], run["text"]
+    if text.get("core") is not None:
+        most = text.get("settings", {}).get("core", {}).get("max_per_task")
+        gpt2 = ", ".join(f"{size} {value:.4f}" for size, value in text.get("gpt2_core", {}).items())
+        rows = [(label, f"{task['accuracy']:.4f}", f"{task['centered']:.4f}", f"{task['n']:,}")
+                for label, task in text.get("tasks", {}).items()]
+        parts += [f"CORE {text['core']:.4f}" + (f" (on at most {most:,} items of a task)" if most else "") +
+                  (f"; GPT-2: {gpt2}." if gpt2 else "."), "<details><summary>CORE, task by task</summary>",
+                  table(rows, ("task", "accuracy", "centered", "items")), "</details>"]
+    if layers := run["chat"].get("sandbox"):
+        parts.append(f"HumanEval's programs ran behind: {', '.join(layers)}.")
+    if knobs := run["meta"].get("config"):
+        parts += ["<details><summary>All knobs</summary>",
+                  " ".join(f"`{name}={value!r}`" for name, value in knobs.items()), "</details>"]
+    return parts
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. The page
-
+# the page
 tag = find_tag(model_tag)
 stages = read_run(tag, remarks)
 runs = {stage: run for stage, run in stages.items() if run}
 tokenizer = read_json(base_path("tokenizer", "meta.json"), remarks)
-remarks += chain_remarks(runs)
 page_path, picture = base_path("report", f"{tag}.md"), base_path("report", tag, "curves.png")
-logs = [(TITLES[stage], run["log"]) for stage, run in runs.items()]
-no_picture = draw(logs, picture)                                 # why there is none
+no_picture = draw([(TITLES[stage], run["log"]) for stage, run in runs.items()], picture)    # why there is none
 
 middle = [*abilities(runs), *samples(runs), *costs(runs, tokenizer), *tokenizer_part(tokenizer)]
 last = [part for stage, run in stages.items() for part in stage_part(stage, run)]
@@ -295,29 +274,22 @@ first = [*header(tag, runs), *summary(runs)]
 if remarks:
     first.insert(1, "\n".join(f"- **{remark}**" for remark in remarks))
 
-
-def page(prefix):
-    """prefix: the folder of the picture, as seen from the page"""
-    curves = f"![Loss, bits per byte and speed of the stages]({prefix}{quote(tag)}/curves.png)"
-    curves = f"No picture: {no_picture}." if no_picture else curves
-    return "\n\n".join(filter(None, [*first, "## Curves", curves, *middle, *last])) + "\n"
-
-
-with atomic_write(page_path, "w") as f:
-    f.write(page(""))
 copy = os.path.join(HERE, copy_to) if copy_to else ""
-if copy_to and os.path.exists(copy):
+if copy and os.path.exists(copy):
     with open(copy, encoding="utf-8", errors="replace") as f:
         if f.readline().strip() != f"# Report card of {tag}":    # of another model, and stays
             copy = f"_{tag}".join(os.path.splitext(copy))
-if copy:
-    with atomic_write(copy, "w") as f:
-        f.write(page("report/"))
-    if not no_picture:                                           # the copy shows a picture beside itself
-        beside = os.path.join(os.path.dirname(copy), "report", tag, "curves.png")
-        with open(picture, "rb") as source, atomic_write(beside) as f:
-            shutil.copyfileobj(source, f)
-for name, (right, total) in {n: a for run in runs.values() for n, a in answers(run).items()}.items():
+pages = {page_path: ""} | ({copy: "report/"} if copy else {})    # page -> the folder of the picture as seen from it
+for path, prefix in pages.items():
+    curves = (f"No picture: {no_picture}." if no_picture else
+              f"![Loss, bits per byte and speed of the stages]({prefix}{quote(tag)}/curves.png)")
+    with atomic_write(path, "w") as f:
+        f.write("\n\n".join(filter(None, [*first, "## Curves", curves, *middle, *last])) + "\n")
+if copy and not no_picture:                                      # the copy shows a picture beside itself
+    beside = os.path.join(os.path.dirname(copy), "report", tag, "curves.png")
+    with open(picture, "rb") as source, atomic_write(beside) as f:
+        shutil.copyfileobj(source, f)
+for name, (right, total) in {n: a for run in runs.values() for n, a in run["answers"].items()}.items():
     print(f"{name}: {right} of {total}")
 written = page_path + (f" and {os.path.basename(copy)}" if copy else "")
 print(f"the report card: {written}" + (f", without a picture: {no_picture}" if no_picture else ""))

@@ -1,8 +1,8 @@
 """
 Evaluate the tokenizer: how many bytes of text a token stands for, beside GPT-2's and GPT-4's.
 
-Fewer tokens for the same text is less work per sentence and more text in the context. A
-vocabulary learned from English prose pays with code, numbers and other scripts.
+Fewer tokens for the same text is less work per sentence and more text in the context. A vocabulary learned from English
+prose pays with code, numbers and other scripts.
 
 reads   tokenizer/, base_data/ (the first training shard, the validation shard)
 writes  tokenizer/eval.json
@@ -11,6 +11,7 @@ run     python tok_eval.py
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import os
+import sys
 import textwrap
 import threading
 import time
@@ -26,7 +27,7 @@ from tokenizer import load_tokenizer
 
 references = "gpt2,cl100k_base"  # tiktoken's names of the vocabularies to compare with; "" = none
 fetch_seconds = 30             # wait so long for a vocabulary that is not on this machine (1 to 2 MB each)
-num_chars = 1_000_000          # characters of each shard to encode
+num_chars = 1_000_000          # characters of each shard to encode; 0 = all
 resume = 0                     # 1 = keep the results there are of this tokenizer and these settings
 config = configure(globals(), show=False)
 
@@ -120,47 +121,20 @@ the effect was not found in every species or every year.
 }
 
 
-def load_references(names):
-    """
-    {name: encoding, or why it is missing}, after fetch_seconds at most.
-
-    tiktoken fetches without a time limit, so it does that in threads that are not waited for.
-    """
-    found = {}
-
-    def load(name):
-        try:
-            # not tiktoken.get_encoding: its lock would let one that hangs hold up all others
-            found[name] = tiktoken.Encoding(**openai_public.ENCODING_CONSTRUCTORS[name]())
-        except Exception as error:         # whatever the network or a broken cache may come up with
-            found[name] = f"{type(error).__name__}: {error}".partition("(")[0].rstrip(": ")    # without the whole chain
-
-    threads = [threading.Thread(target=load, args=[name], daemon=True) for name in names]
-    for thread in threads:
-        thread.start()
-    deadline = time.monotonic() + fetch_seconds
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    return {name: found.get(name, f"no answer within {fetch_seconds} seconds") for name in names}
-
-
-def shard_documents(path):
-    """The documents of a shard, up to num_chars characters, in pieces of LONGEST_PIECE."""
-    left = num_chars
-    for text in read_texts(path):
-        text = text[:left]
-        left -= len(text)
-        yield from (text[i:i + LONGEST_PIECE] for i in range(0, len(text), LONGEST_PIECE))
-        if left <= 0:
-            return
+def load_reference(name):
+    """Put tiktoken's encoding of that name into `found`, or a text that says why it is missing."""
+    try:
+        # not tiktoken.get_encoding: its lock would let one that hangs hold up all others
+        found[name] = tiktoken.Encoding(**openai_public.ENCODING_CONSTRUCTORS[name]())
+    except Exception as error:             # whatever the network or a broken cache may come up with
+        found[name] = f"{type(error).__name__}: {error}".partition("(")[0].rstrip(": ")    # without the whole chain
 
 
 # the same tokenizer with the same settings was measured already?
-if fetch_seconds <= 0 or num_chars <= 0:
-    raise SystemExit("fetch_seconds and num_chars must be above 0")
+if fetch_seconds <= 0 or num_chars < 0:
+    raise SystemExit("fetch_seconds must be above 0, num_chars 0 (all characters) or more")
 wanted = [name.strip() for name in references.split(",") if name.strip()]
-unknown = [name for name in wanted if name not in openai_public.ENCODING_CONSTRUCTORS]
-if unknown:
+if not set(wanted) <= set(openai_public.ENCODING_CONSTRUCTORS):
     raise SystemExit(f"references={references}: tiktoken has {', '.join(openai_public.ENCODING_CONSTRUCTORS)}")
 tokenizer = load_tokenizer()
 path = base_path("tokenizer", "eval.json")
@@ -173,22 +147,31 @@ if resume and (old := read_results(path, fingerprint=tokenizer.fingerprint, sett
 # the texts: five of our own, and what the model is trained and tested on
 pieces = {label: [text] for label, text in TEXTS.items()}
 for label, shard in (("train", shard_path(0)), ("validation", shard_path(VAL_SHARD))):
-    if os.path.exists(shard):
-        pieces[label] = list(shard_documents(shard))
-    else:
+    if not os.path.exists(shard):
         print(f"{label} text: left out, there is no {shard}")
-for text in TEXTS.values():
-    assert tokenizer.decode(tokenizer.encode(text)) == text, "the tokenizer does not give back what it was given"
+        continue
+    pieces[label], left = [], num_chars or sys.maxsize
+    for text in read_texts(shard):
+        text = text[:left]
+        left -= len(text)
+        pieces[label] += [text[i:i + LONGEST_PIECE] for i in range(0, len(text), LONGEST_PIECE)]
+        if not left:
+            break
 
-loaded = load_references(wanted)
-missing = {TITLES.get(name, name): what for name, what in loaded.items() if isinstance(what, str)}
-theirs = {TITLES.get(name, name): what for name, what in loaded.items() if not isinstance(what, str)}
+# the references: tiktoken fetches without a time limit, so it does that in threads that are not waited for
+found, deadline = {}, time.monotonic() + fetch_seconds
+threads = [threading.Thread(target=load_reference, args=[name], daemon=True) for name in wanted]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join(max(0.0, deadline - time.monotonic()))
+loaded = {TITLES.get(name, name): found.get(name, f"no answer within {fetch_seconds} seconds") for name in wanted}
+missing = {title: why for title, why in loaded.items() if isinstance(why, str)}
+theirs = {title: encoding for title, encoding in loaded.items() if title not in missing}
 encoders = {"ours": tokenizer.encode, **{title: encoding.encode_ordinary for title, encoding in theirs.items()}}
-texts = {}
-for label, some in pieces.items():
-    if some:
-        tokens = {name: sum(len(encode(piece)) for piece in some) for name, encode in encoders.items()}
-        texts[label] = dict(bytes=sum(len(piece.encode("utf-8", "replace")) for piece in some), tokens=tokens)
+texts = {label: dict(bytes=sum(len(piece.encode("utf-8", "replace")) for piece in some),
+                     tokens={name: sum(len(encode(piece)) for piece in some) for name, encode in encoders.items()})
+         for label, some in pieces.items() if some}
 
 # the table: bytes per token of each tokenizer, and what the others need for one token of ours
 vocab_sizes = {"ours": tokenizer.vocab_size, **{title: encoding.n_vocab for title, encoding in theirs.items()}}

@@ -33,36 +33,24 @@ if os.path.exists(meta_path):
             meta = json.load(f)
     except ValueError:
         raise SystemExit(f"{meta_path}: damaged; remove {folder} and run this again") from None
-    other = [name for name in KEPT if meta.get(name) != config[name]]
-    if other:
+    if other := [name for name in KEPT if meta.get(name) != config[name]]:
         said = ", ".join(f"{name}={meta.get(name)} (asked for: {config[name]})" for name in other)
-        raise SystemExit(f"{folder}: the tokenizer here has {said}; set NANOCHAT_BASE_DIR to "
-                         "another folder, or remove this one and the checkpoints made with it")
+        raise SystemExit(f"{folder}: the tokenizer here has {said}; set NANOCHAT_BASE_DIR to another folder, or remove "
+                         "this one and the checkpoints made with it")
     print(f"tok_train: finished already, {vocab_size:,} tokens in {folder}")
     raise SystemExit(0)
 
 from data import VAL_SHARD, read_texts, shard_path, train_shards, wait_for_shard  # noqa: E402
 from tokenizer import train_tokenizer  # noqa: E402
 
-used = []
-
-
-def arriving():
-    """The shards one by one, as they are needed; waits for one that is not here yet."""
-    for path in paths:
-        wait_for_shard(path)
-        used.append(path)
-        yield path
-
-
 paths = [base_path("base_data", name) for name in train_shards(num_shards)]
 wait_for_shard(shard_path(VAL_SHARD))              # needed below; better to miss it now
-start = time.time()
-tokenizer, documents, chars = train_tokenizer(arriving(), vocab_size, max_chars, doc_cap,
+start, unread = time.time(), iter(paths)           # one shard is waited for after the other, as far as they are needed
+tokenizer, documents, chars = train_tokenizer(map(wait_for_shard, unread), vocab_size, max_chars, doc_cap,
                                               progress=lambda line: print(line, flush=True))
-seconds = time.time() - start
-print(f"learned {tokenizer.vocab_size:,} tokens in {duration(seconds)} from "
-      f"{chars:,} characters, {documents:,} documents, {len(used)} shards")
+seconds, num_read = time.time() - start, len(paths) - len(list(unread))
+print(f"learned {tokenizer.vocab_size:,} tokens in {duration(seconds)} from {chars:,} characters, "
+      f"{documents:,} documents, {num_read} shards")
 
 # how much text a token stands for, on the first 10 MB of the validation shard
 num_bytes = num_tokens = 0
@@ -81,5 +69,5 @@ for first in (256, (256 + num_ranks) // 2, max(256, num_ranks - 12)):
     print(f"tokens from {first}: " + " ".join(repr(tokenizer.decode([i])) for i in some))
 
 tokenizer.save(folder, dict(max_chars=max_chars, doc_cap=doc_cap, seconds=seconds, val_bytes_per_token=compression,
-                            seen=dict(chars=chars, documents=documents, shards=len(used))))
+                            seen=dict(chars=chars, documents=documents, shards=num_read)))
 print(f"fingerprint {tokenizer.fingerprint}, saved in {folder}")

@@ -4,9 +4,8 @@ Text to token numbers and back, and conversations to tokens with a mask of what 
 in    the folder that tok_train.py writes: vocab.tiktoken, token_bytes.npy, meta.json
 out   Tokenizer: encode, decode, bytes per token, render_conversation
 
-Byte-level BPE: the first 256 tokens are the bytes, every later one glues two earlier tokens
-together. Our Rust crate learns the merges and applies them. Plain data files, no pickle: a
-tokenizer from a stranger cannot run code.
+Byte-level BPE: the first 256 tokens are the bytes, every later one glues two earlier tokens together. Our Rust crate
+learns the merges and applies them. Plain data files, no pickle: a tokenizer from a stranger cannot run code.
 """
 import base64
 import hashlib
@@ -18,8 +17,8 @@ import numpy as np
 
 from plumbing.common import atomic_write, base_path
 
-# They stand at the end of the vocabulary in this order. Text can never contain them: "<|bos|>"
-# typed by a user is encoded as seven ordinary characters.
+# They stand at the end of the vocabulary in this order. Text can never contain them: "<|bos|>" typed by a user is
+# encoded as seven ordinary characters.
 SPECIAL_TOKENS = [
     "<|bos|>",                                      # before every document and conversation
     "<|user_start|>", "<|user_end|>",
@@ -89,11 +88,10 @@ class Tokenizer:
         """
         Bytes of text behind each token: (vocab_size,) int32, 0 for the specials.
 
-        Counted on the raw bytes. Going through decode would count a byte that is half a
-        character as the three of U+FFFD, and bits per byte would come out too low.
+        Counted on the raw bytes: decode would make the three of U+FFFD of a byte that is half a character,
+        and bits per byte would come out too low.
         """
-        counts = [len(token) for token in self.ranks] + [0] * len(SPECIAL_TOKENS)
-        return np.array(counts, dtype=np.int32)
+        return np.array([len(token) for token in self.ranks] + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
 
     def letter_tokens(self):
         """The tokens that are two or more lowercase ASCII letters: pieces for spelling rows."""
@@ -103,9 +101,8 @@ class Tokenizer:
         """
         A conversation as tokens, and which of them the assistant has to learn.
 
-        returns (ids, mask), two lists of int of the same length; mask[i] = 1 where token i is
-            the assistant's to produce: its text, its calls of the calculator with their start
-            and end, and <|assistant_end|>. What users and the calculator say is 0.
+        returns (ids, mask), two lists of int of the same length; mask[i] = 1 where the assistant is to produce
+            token i: its text, its calculator calls with start and end, and <|assistant_end|>
         raises ValueError, one line, when roles or parts are not as they must be
         """
         ids, mask = [self.bos], [0]
@@ -128,11 +125,7 @@ class Tokenizer:
         return ids, mask
 
     def render_for_completion(self, conversation):
-        """
-        The ids up to and including <|assistant_start|>: the model goes on with its reply.
-
-        A reply that already stands at the end is left out.
-        """
+        """The ids up to and including <|assistant_start|>; a reply that already stands at the end is left out."""
         messages = conversation["messages"]
         if messages and messages[-1].get("role") == "assistant":
             messages = messages[:-1]
@@ -160,39 +153,32 @@ class Tokenizer:
         with atomic_write(meta_path, "w") as f:
             json.dump(meta, f, indent=1)
 
-    @classmethod
-    def load(cls, folder):
-        """The tokenizer in a folder; SystemExit with one line when it is missing or broken."""
-        meta_path = os.path.join(folder, "meta.json")
-        if not os.path.exists(meta_path):
-            raise SystemExit(f"{folder}: no tokenizer here; run: python tok_train.py")
-        try:
-            with open(meta_path, encoding="utf-8") as f:
-                meta = json.load(f)
-            with open(os.path.join(folder, "vocab.tiktoken"), "rb") as f:
-                lines = [line.split() for line in f]
-            numbers = [int(rank) for _, rank in lines]
-            assert numbers == list(range(len(lines))), "ranks are not 0, 1, 2, ..."
-            ranks = [base64.b64decode(token, validate=True) for token, _ in lines]
-            tokenizer = cls(ranks, meta["pattern"])
-            assert tokenizer.fingerprint == meta["fingerprint"], "its files do not belong together"
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-            raise SystemExit(f"{folder}: the tokenizer is broken ({error!r}); "
-                             "remove the folder and run: python tok_train.py") from None
-        return tokenizer
 
-
-def load_tokenizer():
-    """The tokenizer of this base folder."""
-    return Tokenizer.load(base_path("tokenizer"))
+def load_tokenizer(folder=""):
+    """The tokenizer in a folder, "" = this base folder's; SystemExit with one line when it is missing or broken."""
+    folder = folder or base_path("tokenizer")
+    meta_path = os.path.join(folder, "meta.json")
+    if not os.path.exists(meta_path):
+        raise SystemExit(f"{folder}: no tokenizer here; run: python tok_train.py")
+    try:
+        with open(meta_path, encoding="utf-8") as f:
+            meta = json.load(f)
+        with open(os.path.join(folder, "vocab.tiktoken"), "rb") as f:
+            lines = [line.split() for line in f]
+        assert [int(rank) for _, rank in lines] == list(range(len(lines))), "ranks are not 0, 1, 2, ..."
+        tokenizer = Tokenizer([base64.b64decode(token, validate=True) for token, _ in lines], meta["pattern"])
+        assert tokenizer.fingerprint == meta["fingerprint"], "its files do not belong together"
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise SystemExit(f"{folder}: the tokenizer is broken ({error!r}); "
+                         "remove the folder and run: python tok_train.py") from None
+    return tokenizer
 
 
 def merge_system(conversation):
     """
-    The messages, checked, with a system message put in front of the first user message.
+    The messages, with a system message put in front of the first user message.
 
-    raises ValueError when there is no message, a role is unknown, or user and assistant do not
-    take turns, user first
+    raises ValueError when there is none, or user and assistant do not take turns, user first
     """
     messages = conversation["messages"]
     if messages and messages[0].get("role") == "system":
@@ -205,8 +191,8 @@ def merge_system(conversation):
     for i, message in enumerate(messages):
         wanted = ("user", "assistant")[i % 2]
         if message.get("role") != wanted:
-            raise ValueError(f"conversation: message {i} (system not counted) must be from the "
-                             f"{wanted}, not {message.get('role')!r}")
+            raise ValueError(f"conversation: message {i} (system not counted) must be from the {wanted}, "
+                             f"not {message.get('role')!r}")
     return messages
 
 
@@ -216,23 +202,23 @@ def parts_of(message):
     if isinstance(content, str):
         return [("text", content)]
     if not isinstance(content, list):
-        raise ValueError(f"conversation: the content of a {role} message is "
-                         f"{type(content).__name__}, not text or parts")
+        raise ValueError(f"conversation: the content of a {role} message is {type(content).__name__}, "
+                         "not text or parts")
     types = ("text", "python", "python_output") if role == "assistant" else ("text",)
     for part in content:
         part = part if isinstance(part, dict) else {}
         if part.get("type") not in types or not isinstance(part.get("text"), str):
-            raise ValueError(f"conversation: a part of a {role} message needs a text "
-                             f"and a type from {', '.join(types)}")
+            raise ValueError(f"conversation: a part of a {role} message needs a text and a type from "
+                             f"{', '.join(types)}")
     return [(part["type"], part["text"]) for part in content]
 
 
 def import_rustbpe():
     """
-    Our Rust crate. Two other things answer to its name; both are told apart here.
+    Our Rust crate, told apart from two other things of its name.
 
-    The folder rustbpe/ beside the scripts imports as an empty package where the crate is not
-    installed, and the package index has another project of that name.
+    The folder rustbpe/ beside the scripts imports as an empty package where the crate is not installed,
+    and the package index has another project of that name.
     """
     remedy = "run: bash setup.sh (or: pip install ./rustbpe)"
     try:

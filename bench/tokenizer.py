@@ -1,9 +1,9 @@
 """
 Time our tokenizer against the published rustbpe, Hugging Face tokenizers and tiktoken.
 
-Every figure comes from a process of its own, and the programs take turns, so that a busy machine
-is busy for all of them. CPU seconds are of all threads together, from the first document to the
-trained vocabulary; memory is what the process has at most above one that only reads the text.
+Every figure comes from a process of its own, and the programs take turns, so that a busy machine is busy for all of
+them. CPU seconds are of all threads together, from the first document to the trained vocabulary; memory is what the
+process has at most above one that only reads the text.
 
 reads   one parquet file with a column `text`
 writes  nothing that stays
@@ -50,18 +50,16 @@ def documents():
     num_chars = 0
     # in pieces: by default the compressed file would be in memory as a whole
     for batch in pq.ParquetFile(text, pre_buffer=False, buffer_size=1 << 18).iter_batches(1024, columns=["text"]):
-        for document in batch.column(0).to_pylist():
-            if document is None:
-                continue
+        for document in batch.column(0).drop_null().to_pylist():
             document = document[:max_chars - num_chars] if max_chars else document
             num_chars += len(document)
             yield document
-            if num_chars == max_chars:
+            if max_chars and num_chars == max_chars:
                 return
 
 
 def train_huggingface():
-    """Tokens learned by Hugging Face tokenizers, as bytes."""
+    """Train Hugging Face tokenizers; returns a function that gives the tokens as bytes, not part of the time."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -79,31 +77,27 @@ def train_huggingface():
                     for i in range(tokenizer.get_vocab_size())]
 
 
-def train(name):
-    """Runs one trainer; returns a function that gives the tokens, which is not part of the time."""
-    if name == "reading":
-        for _ in documents():
-            pass
-        return list
-    if name == "huggingface":
-        return train_huggingface()
-    import rustbpe
-    ours = getattr(rustbpe, "__crate__", "") == "nanochat-rustbpe"
-    assert ours == (name != "published"), f"{rustbpe.__file__} is not the rustbpe to measure as {name}"
-    tokenizer = rustbpe.Tokenizer()
-    options = dict(num_threads=num_threads) if ours else {}
-    if name == "parquet":
-        tokenizer.train_from_parquet(text, vocab_size, max_chars, pattern=SPLIT_PATTERN, **options)
-    else:
-        tokenizer.train_from_iterator(documents(), vocab_size, pattern=SPLIT_PATTERN, **options)
-    return lambda: [bytes(token) for token, _ in tokenizer.get_mergeable_ranks()]
-
-
 def measure_training(name):
     """CPU seconds, wall seconds and peak memory of one trainer; leaves its tokens in the folder."""
     import pyarrow.parquet  # noqa: F401  imports are not what is measured
     cpu, wall = time.process_time(), time.perf_counter()
-    get_tokens = train(name)
+    if name == "reading":
+        for _ in documents():
+            pass
+        get_tokens = list
+    elif name == "huggingface":
+        get_tokens = train_huggingface()
+    else:
+        import rustbpe
+        ours = getattr(rustbpe, "__crate__", "") == "nanochat-rustbpe"
+        assert ours == (name != "published"), f"{rustbpe.__file__} is not the rustbpe to measure as {name}"
+        tokenizer = rustbpe.Tokenizer()
+        options = dict(num_threads=num_threads) if ours else {}
+        if name == "parquet":
+            tokenizer.train_from_parquet(text, vocab_size, max_chars, pattern=SPLIT_PATTERN, **options)
+        else:
+            tokenizer.train_from_iterator(documents(), vocab_size, pattern=SPLIT_PATTERN, **options)
+        get_tokens = lambda: [bytes(token) for token, _ in tokenizer.get_mergeable_ranks()]              # noqa: E731
     result = dict(cpu=time.process_time() - cpu, wall=time.perf_counter() - wall)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result["peak"] = peak / (1e6 if sys.platform == "darwin" else 1e3)   # bytes there, kilobytes elsewhere
@@ -155,39 +149,6 @@ def run_alone(name):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def agreement(name):
-    """How the tokens of one trainer compare with ours."""
-    with open(os.path.join(folder, "ours")) as f, open(os.path.join(folder, name)) as g:
-        ours, theirs = json.load(f), json.load(g)
-    if not theirs or name == "ours":
-        return ""
-    if ours == theirs:
-        return "identical"
-    same = len(set(ours) & set(theirs))
-    return f"{same:,} of {len(ours):,} tokens" + (" (order of ties differs)" if same > 0.99 * len(ours) else "")
-
-
-def print_training(results):
-    print(f"\n{'training':<22}{'CPU s':>8}{'wall s':>8}{'MB':>7}{'CPU / iterator':>16}{'CPU / parquet':>15}  tokens")
-    middle = {name: {key: statistics.median_high(run[key] for run in runs) for key in runs[0]}
-              for name, runs in results.items()}
-    for name, run in middle.items():
-        memory = run["peak"] - middle["reading"]["peak"]
-        ratios = ["", ""]
-        if name not in ("reading", "ours", "parquet"):
-            ratios = [f"{run['cpu'] / middle[ours]['cpu']:.1f}x" for ours in ("ours", "parquet")]
-        print(f"{TRAINERS[name]:<22}{run['cpu']:>8.2f}{run['wall']:>8.2f}{memory:>7.0f}{ratios[0]:>16}{ratios[1]:>15}"
-              f"  {agreement(name)}")
-
-
-def print_encoding(results):
-    print(f"\n{'encoding, 1 thread':<22}{'MB / CPU s':>12}{'first pass':>12}  ids")
-    same = len({run["digest"] for runs in results.values() for run in runs}) == 1
-    for name, runs in results.items():
-        best, first = (statistics.median_high(run[key] for run in runs) for key in ("best", "first"))
-        print(f"{ENCODERS[name]:<22}{best:>12.1f}{first:>12.1f}  {'identical' if same else 'DIFFERENT'}")
-
-
 if not os.path.isfile(text):
     raise SystemExit(f"--text={text}: name a parquet file with a column `text`")
 if measure:
@@ -195,16 +156,36 @@ if measure:
     raise SystemExit
 
 names = [name for name in TRAINERS if peers or name not in ("published", "huggingface")]
+runs, tokens = {name: [] for name in [*names, *ENCODERS]}, {}
 with tempfile.TemporaryDirectory() as folder:
-    training = {name: [] for name in names}
     for round_number in range(rounds):
         for name in names:
-            training[name].append(run_alone(name))
-            run = training[name][-1]
+            run = run_alone(name)
+            runs[name].append(run)
             print(f"round {round_number + 1}: {TRAINERS[name]}: {run['cpu']:.2f} CPU s, {run['wall']:.2f} s")
-    encoding_runs = {name: [] for name in ENCODERS}
     for _ in range(rounds):
         for name in ENCODERS:
-            encoding_runs[name].append(run_alone(name))
-    print_training(training)
-    print_encoding(encoding_runs)
+            runs[name].append(run_alone(name))
+    for name in names:
+        with open(os.path.join(folder, name)) as f:
+            tokens[name] = json.load(f)
+middle = {name: {key: statistics.median_high(run[key] for run in runs[name]) for key in runs[name][0]} for name in runs}
+
+print(f"\n{'training':<22}{'CPU s':>8}{'wall s':>8}{'MB':>7}{'CPU / iterator':>16}{'CPU / parquet':>15}  tokens")
+for name in names:
+    run = middle[name]
+    memory = run["peak"] - middle["reading"]["peak"]
+    ratios, remark = ["", ""], ""
+    if name not in ("reading", "ours", "parquet"):
+        ratios = [f"{run['cpu'] / middle[ours]['cpu']:.1f}x" for ours in ("ours", "parquet")]
+    if name not in ("reading", "ours"):
+        same, size = len(set(tokens["ours"]) & set(tokens[name])), len(tokens["ours"])
+        remark = f"{same:,} of {size:,} tokens" + (" (order of ties differs)" if same > 0.99 * size else "")
+        remark = "identical" if tokens[name] == tokens["ours"] else remark
+    print(f"{TRAINERS[name]:<22}{run['cpu']:>8.2f}{run['wall']:>8.2f}{memory:>7.0f}{ratios[0]:>16}{ratios[1]:>15}"
+          f"  {remark}")
+
+print(f"\n{'encoding, 1 thread':<22}{'MB / CPU s':>12}{'first pass':>12}  ids")
+remark = "identical" if len({run["digest"] for name in ENCODERS for run in runs[name]}) == 1 else "DIFFERENT"
+for name in ENCODERS:
+    print(f"{ENCODERS[name]:<22}{middle[name]['best']:>12.1f}{middle[name]['first']:>12.1f}  {remark}")

@@ -10,10 +10,10 @@ multiple_choice   one context, several continuations: the one of the lowest mean
 schema            several contexts, one continuation: the context that makes it likeliest is
 language_modeling one continuation: right where every token of it is the model's likeliest
 
-The texts, the order of the items and the examples drawn for each are those of the original
-nanochat, so a whole evaluation compares with its numbers. Three differences: it draws from the
-rows that max_per_task leaves, here a cap leaves the prompts as they are; it takes the first of
-equal choices, here see metrics.choose; it reads more than the model's context, here make_item cuts.
+The texts, the order of the items and the examples drawn for each are those of the original nanochat, so a whole
+evaluation compares with its numbers. Three differences: it draws from the rows that max_per_task leaves, here a cap
+leaves the prompts as they are; it takes the first of equal choices, here see metrics.choose; it reads more than the
+model's context, here make_item cuts.
 """
 import csv
 import json
@@ -26,6 +26,7 @@ import zlib
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from engine import KVCache
 from evals.metrics import centered, choose, ticket_of
@@ -80,56 +81,38 @@ TASKS = [
     CoreTask("coqa", "reading_comprehension/coqa.jsonl", LM, 0, " ", 0),
     CoreTask("boolq", "reading_comprehension/boolq.jsonl", MC, 10, ANSWER, 62),
     CoreTask("bigbench_language_identification", "language_understanding/bigbench_language_identification.jsonl",
-             MC, 10, " ", 9.1),
-]
+             MC, 10, " ", 9.1)]
 
 
 # the bundle
 def fetch_bundle():
-    """
-    The folder eval_bundle/, fetched and unpacked where it isn't there yet.
-
-    It appears when it is whole; the zip goes once it is unpacked. Every rank calls this, one works.
-    """
+    """The folder eval_bundle/, fetched and unpacked where it isn't there yet. Every rank calls this, one works."""
     folder, archive = base_path("eval_bundle"), base_path("eval_bundle.zip")
     if RANK == 0 and not os.path.isdir(folder):
         os.makedirs(base_path(), exist_ok=True)
         with locked(f"{archive}.lock"):                      # not two processes at once
             if not os.path.isdir(folder):
-                download(BUNDLE_URL, archive, problem_with_zip)
+                download(BUNDLE_URL, archive, lambda path: "" if zipfile.is_zipfile(path) else "no whole zip file")
                 unpack(archive, folder)
                 os.remove(archive)
     barrier()
     return folder
 
 
-def problem_with_zip(path):
-    """What is wrong with a zip file, "" for nothing; reads all of it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
-        return "no whole zip file"
-    return f"{damaged} in it is damaged" if damaged else ""
-
-
 def unpack(archive, folder):
-    """The files of CORE's tasks, from the zip into the folder, which appears when all are there."""
-    needed = ["core.yaml", "eval_meta_data.csv", *sorted({f"eval_data/{task.file}" for task in TASKS})]
+    """What CORE reads of the zip, into the folder, which appears when all is there."""
+    needed = {f"eval_bundle/eval_data/{task.file}" for task in TASKS}
     temporary = f"{folder}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)             # of a process that was killed
     try:
         with zipfile.ZipFile(archive) as source:
             held = set(source.namelist())
-            for name in [*needed, *GPT2.values()]:
-                if f"eval_bundle/{name}" in held:
-                    path = os.path.join(temporary, name)
-                    os.makedirs(os.path.dirname(path), exist_ok=True)
-                    with source.open(f"eval_bundle/{name}") as f, open(path, "wb") as out:
-                        shutil.copyfileobj(f, out)
-                elif name in needed:
-                    raise SystemExit(f"{archive}: holds no {name}; it is another bundle than {BUNDLE_URL}")
-        os.rename(temporary, folder)
+            if needed - held:
+                raise SystemExit(f"{archive}: holds no {min(needed - held)}; it is another bundle than {BUNDLE_URL}")
+            source.extractall(temporary, held & needed.union(f"eval_bundle/{name}" for name in GPT2.values()))
+        os.rename(os.path.join(temporary, "eval_bundle"), folder)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise SystemExit(f"{archive}: damaged ({error}); remove it to fetch it anew") from None
     except OSError as error:
         raise SystemExit(f"{temporary}: {error.strerror or error}; free some disk space, then run again") from None
     finally:
@@ -180,8 +163,8 @@ def render(task, row, shots):
     """
     The texts to compare: one per choice; in language modeling without and with the continuation.
 
-    The parts are joined as they stand, also where a query ends in a space:
-    the scores others publish are of these texts. Only contexts of language modeling are trimmed.
+    The parts are joined as they stand, also where a query ends in a space: the scores others publish are of these
+    texts. Only contexts of language modeling are trimmed.
     """
     if task.kind == MC:
         solved = [shot["query"] + task.delimiter + shot["choices"][shot["gold"]] for shot in shots]
@@ -212,11 +195,7 @@ def common_length(lists):
 
 
 def make_item(task, row, texts, tokenizer, context):
-    """
-    The texts as prompts, cut to the context, and what is scored in them.
-
-    returns Item, or None where the scored tokens alone don't fit
-    """
+    """The texts as prompts cut to the context -> Item; None where the scored tokens alone don't fit."""
     prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
     if task.kind == SCHEMA:                      # the same end after different beginnings
         same = min(common_length([prompt[::-1] for prompt in prompts]), min(map(len, prompts)) - 1)
@@ -238,15 +217,11 @@ def make_item(task, row, texts, tokenizer, context):
 
 
 # scores
-class SharedPrefix:
-    """
-    A cache to read from: the choices of an item go on from the prefix that was read once.
-
-    cache  KVCache with a row per item; items (R,) int64: the item that each row of choices is of
-    """
-
-    def __init__(self, cache, items):
-        self.cache, self.items, self.length = cache, items, cache.length
+class SharedPrefix(NamedTuple):
+    """A cache to read from: the choices of an item go on from the prefix that was read once."""
+    cache: KVCache             # a row per item
+    items: torch.Tensor        # (R,) int64: the item that each row of choices is of
+    length: int                # tokens of the prefix
 
     def append(self, layer, k, v):
         kept = self.cache.kv[layer][:, self.items]           # (2, R, H, length, D), of one layer
@@ -283,12 +258,10 @@ def read(model, items):
         cache = KVCache(model, len(items), shared)
         idx = torch.tensor([item.prompts[0][:shared] for item in items], device=model.device)
         model(idx, kv_cache=cache, positions=torch.zeros(len(items), dtype=torch.long, device=model.device))
-        prefix = SharedPrefix(cache, torch.tensor([k for k, _, _ in rows], device=model.device))
-    T = max(len(prompt) for _, prompt, _ in rows) - 1 - shared
-    x, y = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -1)
-    for r, (_, prompt, start) in enumerate(rows):
-        x[r, :len(prompt) - 1 - shared] = torch.tensor(prompt[shared:-1])
-        y[r, start - 1 - shared:len(prompt) - 1 - shared] = torch.tensor(prompt[start:])
+        prefix = SharedPrefix(cache, torch.tensor([k for k, _, _ in rows], device=model.device), shared)
+    x = pad_sequence([torch.tensor(prompt[shared:-1]) for _, prompt, _ in rows], batch_first=True)
+    y = pad_sequence([torch.tensor([-1] * (start - 1 - shared) + prompt[start:]) for _, prompt, start in rows],
+                     batch_first=True, padding_value=-1)
     losses, best = model.score(x.to(model.device), y.to(model.device), kv_cache=prefix)
     sizes = [len(prompt) - start for _, prompt, start in rows]
     # float64: the mean of equal losses is that loss, whatever their number
@@ -307,31 +280,27 @@ def is_right(task, item, scores):
 
 def evaluate_core_task(model, tokenizer, task, rows, max_per_task=0):
     """
-    The items that a model gets right -> (right, asked, too long), over all ranks.
+    The items that a model gets right, of at most the first max_per_task (0 = all) -> (right, asked, too long).
 
-    At most the first max_per_task are asked, 0 = all. An item whose scored tokens don't fit into the
-    model's context counts as asked and wrong.
+    Over all ranks. An item whose scored tokens don't fit into the model's context counts as asked and wrong.
     """
     numbers = range(RANK, min(max_per_task or len(rows), len(rows)), WORLD_SIZE)
     budget = TOKENS_CPU if model.device.type == "cpu" else TOKENS_GPU
     right = too_long = 0
     for first in range(0, len(numbers), CHUNK):
-        items = []
-        for i in numbers[first:first + CHUNK]:
-            texts = render(task, rows[i], draw_shots(rows, i, task.shots))
-            items.append(make_item(task, rows[i], texts, tokenizer, model.config.sequence_len))
+        items = [make_item(task, rows[i], render(task, rows[i], draw_shots(rows, i, task.shots)), tokenizer,
+                           model.config.sequence_len) for i in numbers[first:first + CHUNK]]
         too_long += items.count(None)
         for group in batches([item for item in items if item], budget):
             right += sum(is_right(task, item, scores) for item, scores in zip(group, read(model, group)))
     return tuple(int(n) for n in sum_over_ranks([right, len(numbers), too_long], model.device))
 
 
-def evaluate_core(model, tokenizer, max_per_task=0, report=None):
+def evaluate_core(model, tokenizer, max_per_task=0, report=lambda label, result: None):
     """
     All tasks -> ({label: dict(accuracy, centered, n, too_long, seconds)}, CORE); all in 0 ... 1.
 
-    max_per_task  items of each task; 0 = all
-    report        called with (label, result) after each task; the whole takes minutes to hours
+    max_per_task: items of each task, 0 = all; report: called after each task, for the whole takes minutes to hours
     """
     folder, results = fetch_bundle(), {}
     for task in TASKS:
@@ -339,6 +308,5 @@ def evaluate_core(model, tokenizer, max_per_task=0, report=None):
         right, n, too_long = evaluate_core_task(model, tokenizer, task, read_rows(folder, task), max_per_task)
         results[task.label] = dict(accuracy=right / n, centered=centered(right / n, task.baseline / 100), n=n,
                                    too_long=too_long, seconds=round(time.perf_counter() - clock, 3))
-        if report:
-            report(task.label, results[task.label])
+        report(task.label, results[task.label])
     return results, sum(result["centered"] for result in results.values()) / len(results)

@@ -1,10 +1,7 @@
 """
-The curves of a run: one picture, a column per stage and a row per quantity.
+The curves of a run: one picture (with matplotlib, the extra `plot`), a column per stage and a row per quantity.
 
-in    stages: list of (title, rows of log.jsonl), in the order in which they were trained
-out   draw: a PNG (needs matplotlib, the extra `plot`)
-
-The rows have the keys that plumbing.common.Progress and the stages log: step, loss, tokens_per_second,
+The rows of log.jsonl have the keys that plumbing.common.Progress and the stages log: step, loss, tokens_per_second,
 val_bpb, val_loss. Missing ones leave a panel out, a null (a number that was not finite) a gap.
 """
 import itertools
@@ -15,6 +12,8 @@ from plumbing.common import atomic_write
 COLORS = ["#2f66a9", "#b5651d", "#2f855a"]   # base, mid, sft; told apart in grey too
 MOST_POINTS = 2000             # faint points in a panel: more are a blot, and slow to draw
 LOSS, BPB, SPEED = "loss\n(nats per token)", "validation\n(bits per byte)", "speed\n(1,000 tokens/s)"
+# row of panels: what is drawn there, as (measured at every step, measured on held-out data now and then)
+KEYS = {LOSS: ("loss", "val_loss"), BPB: ("", "val_bpb"), SPEED: ("tokens_per_second", "")}
 
 
 def series(log, key):
@@ -24,12 +23,7 @@ def series(log, key):
 
 
 def smooth(values):
-    """
-    Moving average over about a fiftieth of the run, each value in the middle of its window.
-
-    No lag, so the line runs through its points also where they fall steeply. Towards the ends the
-    window shrinks on both sides: the first and the last value are single ones.
-    """
+    """Moving average over about a fiftieth of the run, centred so as not to lag, shorter at both ends."""
     sums, half = [0.0, *itertools.accumulate(values)], max(2, len(values) // 100)
     reach = [min(i, len(values) - 1 - i, half) for i in range(len(values))]
     return [(sums[i + r + 1] - sums[i - r]) / (2 * r + 1) for i, r in enumerate(reach)]
@@ -41,11 +35,7 @@ def at_end(values):
 
 
 def medians(steps, values, count=60):
-    """
-    Middle step and median value of up to `count` runs of neighbours: a pause for a checkpoint does not show.
-
-    The runs are of nearly the same length.
-    """
+    """Middle step and median value of up to `count` nearly equal runs of neighbours: a pause to save does not show."""
     count = min(count, len(values))
     edges = [i * len(values) // count for i in range(count + 1)] if count else []
     return ([steps[(a + b) // 2] for a, b in zip(edges, edges[1:])],
@@ -54,9 +44,9 @@ def medians(steps, values, count=60):
 
 def draw(stages, path):
     """
-    Write the curves to path as a PNG, 1600 pixels wide, made for being shown at 800.
+    Write the curves to path as a PNG, 1600 pixels wide, made for being shown at 800 -> "", or why there is no picture.
 
-    returns  "" where there is a picture, else why there is none
+    stages  list of (title, rows of log.jsonl), in the order in which they were trained
     """
     try:
         from matplotlib.figure import Figure  # no pyplot: needs no display, keeps no state
@@ -65,19 +55,14 @@ def draw(stages, path):
     stages = [(title, log, color) for (title, log), color in zip(stages, COLORS) if series(log, "loss")[0]]
     if not stages:
         return "no step was logged yet"
-    keys = {LOSS: "loss", BPB: "val_bpb", SPEED: "tokens_per_second"}
-    rows = [name for name, key in keys.items() if any(series(log, key)[0] for _, log, _ in stages)]
+    rows = [name for name, keys in KEYS.items() if any(series(log, key)[0] for _, log, _ in stages for key in keys)]
     # 8 inches at 200 dots; letters of 9 points are then 12 pixels high where it is shown 800 wide
     heights = [1.5 if name == LOSS else 1 for name in rows]
     figure = Figure(figsize=(8, 0.6 + 1.8 * sum(heights)), dpi=200, layout="constrained")
     panels = figure.subplots(len(rows), len(stages), sharex="col", sharey="row", squeeze=False, height_ratios=heights)
-    painters = {LOSS: draw_loss, BPB: draw_bpb, SPEED: draw_speed}
     for name, line in zip(rows, panels):
         for panel, (_, log, color) in zip(line, stages):
-            panel.grid(alpha=0.25, linewidth=0.5)
-            panel.tick_params(labelsize=8)
-            panel.spines[["top", "right"]].set_visible(False)
-            painters[name](panel, log, color)
+            draw_panel(panel, name, log, color)
         line[0].set_ylabel(name, fontsize=9)
     figure.align_ylabels()
     set_scales(dict(zip(rows, panels)), stages)
@@ -111,57 +96,35 @@ def set_scales(panels, stages):
         panels[SPEED][0].set_ylim(0, 1.3 * fastest / 1000)  # from 0, so that a tenth looks like a tenth
 
 
-def note(panel, text):
-    """A remark in the upper right corner of a panel, over the curves."""
-    panel.text(0.97, 0.95, text, transform=panel.transAxes, ha="right", va="top", fontsize=8,
-               bbox=dict(facecolor="white", edgecolor="none", alpha=0.75, pad=1))
-
-
 def thin(points):
     """Every n-th, so that MOST_POINTS are left."""
     return points[::-(-len(points) // MOST_POINTS) or 1]
 
 
-def draw_steps(panel, steps, values, color):
-    """A faint point per step."""
-    panel.plot(thin(steps), thin(values), ".", color=color, alpha=0.25, markersize=3, markeredgewidth=0,
-               label="one step")
-
-
-def draw_held_out(panel, steps, values, color):
-    """A line through the values, with at most 20 rings on it, the last value among them."""
-    every = len(values) // 20 + 1
-    panel.plot(steps, values, "o-", color=color, markerfacecolor="white", markersize=5, linewidth=1.5,
-               markevery=((len(values) - 1) % every, every), label="on held-out data")
-
-
-def draw_loss(panel, log, color):
-    """Training loss, the smoothed line over the steps; where it is measured, the loss on held-out answers."""
-    steps, values = series(log, "loss")
-    draw_steps(panel, steps, values, color)
-    panel.plot(thin(steps), thin(smooth(values)), color=color, linewidth=1.5,
-               label="average of about 2 % of the steps")
-    text = f"training {at_end(values):.2f}"
-    steps, values = series(log, "val_loss")
-    draw_held_out(panel, steps, values, color)
-    note(panel, text + (f"\nvalidation {values[-1]:.2f}" if values else ""))
-
-
-def draw_bpb(panel, log, color):
-    """Bits per byte on text that is not trained on; a stage that measures none says so."""
-    steps, values = series(log, "val_bpb")
-    draw_held_out(panel, steps, values, color)
-    note(panel, f"{values[-1]:.3f}" if values else "not measured\nin this stage")
-
-
-def draw_speed(panel, log, color):
-    """Tokens per second: single steps, and medians of groups of them."""
-    steps, values = series(log, "tokens_per_second")
-    if not values:
-        return
-    thousands = [value / 1000 for value in values]
-    draw_steps(panel, steps, thousands, color)
-    panel.plot(*medians(steps, thousands), color=color, linewidth=1.5)
-    middle, (_, mfu) = statistics.median(thousands), series(log, "mfu")
-    text = f"median {middle:,.{0 if middle >= 100 else 1}f}"
-    note(panel, text + (f", MFU {100 * statistics.median(mfu):.0f} %" if mfu else ""))
+def draw_panel(panel, name, log, color):
+    """
+    One quantity of a stage: a faint point per step and a line that smooths them; what was measured on
+    held-out data as a line with at most 20 rings, the last value among them; a remark in the upper right corner.
+    """
+    (steps, values), (held_out_steps, held_out) = (series(log, key) for key in KEYS[name])
+    average, remark = (thin(steps), thin(smooth(values))), ""
+    if name == LOSS:
+        remark = f"training {at_end(values):.2f}" + (f"\nvalidation {held_out[-1]:.2f}" if held_out else "")
+    elif name == BPB:
+        remark = f"{held_out[-1]:.3f}" if held_out else "not measured\nin this stage"
+    elif values:
+        values = [value / 1000 for value in values]
+        average, middle, mfu = medians(steps, values), statistics.median(values), series(log, "mfu")[1]
+        share = f", MFU {100 * statistics.median(mfu):.0f} %" if mfu else ""
+        remark = f"median {middle:,.{0 if middle >= 100 else 1}f}{share}"
+    dots = dict(alpha=0.25, markersize=3, markeredgewidth=0)
+    panel.plot(thin(steps), thin(values), ".", color=color, **dots, label="one step")
+    panel.plot(*average, color=color, linewidth=1.5, label="average of about 2 % of the steps")
+    every = len(held_out) // 20 + 1
+    panel.plot(held_out_steps, held_out, "o-", color=color, markerfacecolor="white", markersize=5, linewidth=1.5,
+               markevery=((len(held_out) - 1) % every, every), label="on held-out data")
+    panel.text(0.97, 0.95, remark, transform=panel.transAxes, ha="right", va="top", fontsize=8,
+               bbox=dict(facecolor="white", edgecolor="none", alpha=0.75, pad=1))
+    panel.grid(alpha=0.25, linewidth=0.5)
+    panel.tick_params(labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)

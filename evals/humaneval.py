@@ -1,10 +1,7 @@
 """
-HumanEval: complete a Python function; an answer is right when the function passes its tests.
+HumanEval: complete a Python function; an answer is right when the function passes its tests, which sandbox.py runs.
 
-reads   task_data/humaneval/, which python prepare.py --tasks=1 fetches
-gives   the task (as those in tasks/), and a check that runs what the model wrote: sandbox.py
-
-The 164 problems are for testing only: nothing here is ever trained on.
+reads   task_data/humaneval/, which python prepare.py --tasks=1 fetches: 164 problems, never trained on
 """
 import re
 
@@ -29,15 +26,13 @@ def humaneval_row(row):
     The conversation of a problem, and what its check needs.
 
     The user's message is the prompt alone, as in the original nanochat, with whose scores ours are compared.
-    given: what stands above the function: imports, and in a few problems another function that
-        the tests call as well; an answer need not repeat it
     """
+    # an answer need not repeat what stands above: imports, sometimes another function that the tests call as well
     given, _, _ = row["prompt"].partition(f"def {row['entry_point']}(")
     solution = f"{row['prompt']}{row['canonical_solution']}".strip()
     return {"messages": [{"role": "user", "content": row["prompt"]},
                          {"role": "assistant", "content": f"```python\n{solution}\n```"}],
-            "grading": "program", "given": given, "test": row["test"],
-            "entry_point": row["entry_point"]}
+            "grading": "program", "given": given, "test": row["test"], "entry_point": row["entry_point"]}
 
 
 def extract_code(answer):
@@ -48,11 +43,7 @@ def extract_code(answer):
 
 
 def check(conversation, answer, timeout=5.0, unsafe=False):
-    """
-    Run an answer with the tests of its problem -> sandbox.Verdict; its .passed is the score.
-
-    answer: the assistant's text; timeout, unsafe and what is raised: see sandbox.run_program
-    """
+    """Run an answer with the tests of its problem -> sandbox.Verdict; the rest is as in sandbox.run_program."""
     program = "\n".join([conversation["given"], extract_code(answer), conversation["test"],
                          f"check({conversation['entry_point']})\n"])
     return sandbox.run_program(program, timeout, unsafe=unsafe)

@@ -1,14 +1,12 @@
 """
 The inside of the sandbox: gives up all that a program could do harm with, then runs the program.
 
-in    standard input: a dict, marshalled, with source, layers, timeout, memory, disk and nonce_fd;
-      the working folder: empty, the program's own
-out   standard output: "ready", a newline, then "passed <nonce>" or why not; or, instead of all
-      that, the layer that this kernel refuses and what it says
+in    standard input: a marshalled dict of source, layers, timeout, memory, disk and nonce_fd; an empty working folder
+out   standard output: "ready", a newline, then "passed <nonce>" or why not; or the layer that is refused here, and why
 run   by sandbox.py, as the only thing in a fresh interpreter; nothing else imports it
 
-A layer is a function below, in the order in which they must come. What one of them should let
-through by mistake, another one stops: that is why there are several.
+A layer is a function below, in the order in which they must come. What one of them should let through by mistake,
+another one stops: that is why there are several.
 """
 import sys
 
@@ -25,8 +23,8 @@ import struct
 import types
 
 # The standard library, and the shared libraries that its compiled modules load.
-READABLE = sorted({*sys.path, sys.base_prefix + "/lib", "/lib", "/lib64", "/usr/lib",
-                   "/usr/lib64", "/usr/share/zoneinfo"})
+READABLE = sorted({*sys.path, sys.base_prefix + "/lib", "/lib", "/lib64", "/usr/lib", "/usr/lib64",
+                   "/usr/share/zoneinfo"})
 NOBODY = 65534
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -48,10 +46,8 @@ def prctl(option, value):
     call("prctl", option, value, 0, 0, 0)
 
 
-# ---------------------------------------------------------------------------------------------
-# Namespaces: own views of the machine. Each call of the kernel that names a process, a network
-# card or a file then means something inside of them, also a call that nobody here thought of.
-
+# Namespaces: own views of the machine. Each call of the kernel that names a process, a network card or a file then
+# means something inside of them, also a call that nobody here thought of.
 CLONE_NEW = {"mount": 0x20000, "host name": 0x4000000, "shared memory": 0x8000000,
              "user": 0x10000000, "process": 0x20000000, "network": 0x40000000}
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000
@@ -64,8 +60,7 @@ def namespaces(request):
     uid, gid = os.getuid(), os.getgid()
     call("unshare", sum(CLONE_NEW.values()))
     # we are a user without rights outside; inside, until no_new_privs, we may mount
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"),
-                       ("gid_map", f"{NOBODY} {gid} 1")):
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
         with open(f"/proc/self/{name}", "w") as f:
             f.write(text)
     empty_root(request["disk"])
@@ -96,16 +91,12 @@ def empty_root(num_bytes):
     os.chdir("/own")                                 # tempfile takes it, where there is no /tmp
 
 
-# ---------------------------------------------------------------------------------------------
 # Limits and privileges
-
-
 def rlimits(request):
     """An end to memory, processor time, open files and their size."""
     for kind, limit in ((resource.RLIMIT_AS, request["memory"]),
-                        (resource.RLIMIT_CPU, math.ceil(request["timeout"]) + 1),
-                        (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_FSIZE, request["disk"]),
-                        (resource.RLIMIT_CORE, 0)):
+                        (resource.RLIMIT_CPU, math.ceil(request["timeout"]) + 1), (resource.RLIMIT_NOFILE, 64),
+                        (resource.RLIMIT_FSIZE, request["disk"]), (resource.RLIMIT_CORE, 0)):
         _, most = resource.getrlimit(kind)           # RLIM_INFINITY is -1
         limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
         resource.setrlimit(kind, (limit, limit))
@@ -120,10 +111,8 @@ def no_new_privs(request):
     prctl(PDEATHSIG, signal.SIGKILL)                 # last: new privileges would undo it
 
 
-# ---------------------------------------------------------------------------------------------
-# Landlock: files by path, for a process of any user. It works in containers, where namespaces
-# are refused. source: kernel documentation, userspace-api/landlock
-
+# Landlock: files by path, for a process of any user. It works in containers, where namespaces are refused.
+# source: kernel documentation, userspace-api/landlock
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446        # the same on every machine
 WRITE_FILE, READ_FILE, READ_DIR = 1 << 1, 1 << 2, 1 << 3
 REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG, TRUNCATE = 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 14
@@ -152,45 +141,39 @@ def landlock(request):
     os.close(ruleset)
 
 
-# ---------------------------------------------------------------------------------------------
 # Seccomp: a filter in the kernel that sees the number and arguments of every system call
-
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}       # AUDIT_ARCH_*
-# Refused outright: name: (number on x86_64, on aarch64; None = has no such call). What needs a
-# capability (mount, reboot, modules ...) is not here: we have none left.
+# Refused outright: name: (number on x86_64, on aarch64; None = has no such call). What needs a capability (mount,
+# reboot, modules ...) is not here: we have none left.
 FORBIDDEN = {
     # a new process or program (threads: see CONDITIONS)
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),
     # signals to others, and leaving the group that is killed in the end
     "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434),
-    "setsid": (112, 157), "setpgid": (109, 154), "prctl": (157, 167),
+    "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424), "pidfd_open": (434, 434), "setsid": (112, 157),
+    "setpgid": (109, 154), "prctl": (157, 167),
     # reading and changing other processes of the same user
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
-    "pidfd_getfd": (438, 438), "process_madvise": (440, 440), "process_mrelease": (448, 448),
-    "kcmp": (312, 272), "setpriority": (141, 140), "sched_setparam": (142, 118),
-    "sched_setscheduler": (144, 119), "sched_setaffinity": (203, 122), "sched_setattr": (314, 274),
-    "ioprio_set": (251, 30), "migrate_pages": (256, 238), "move_pages": (279, 239),
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "pidfd_getfd": (438, 438),
+    "process_madvise": (440, 440), "process_mrelease": (448, 448), "kcmp": (312, 272), "setpriority": (141, 140),
+    "sched_setparam": (142, 118), "sched_setscheduler": (144, 119), "sched_setaffinity": (203, 122),
+    "sched_setattr": (314, 274), "ioprio_set": (251, 30), "migrate_pages": (256, 238), "move_pages": (279, 239),
     # the network
     "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
     # memory that outlives the process or is not counted
-    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447),
+    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180), "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
     # changing files in ways for which Landlock has no right, or had none at first; links
-    "creat": (85, None), "openat2": (437, 437), "open_by_handle_at": (304, 265),
-    "truncate": (76, 45), "mknod": (133, None), "mknodat": (259, 33), "link": (86, None),
-    "linkat": (265, 37), "symlink": (88, None), "symlinkat": (266, 36), "chmod": (90, None),
-    "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
-    "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None),
+    "creat": (85, None), "openat2": (437, 437), "open_by_handle_at": (304, 265), "truncate": (76, 45),
+    "mknod": (133, None), "mknodat": (259, 33), "link": (86, None), "linkat": (265, 37), "symlink": (88, None),
+    "symlinkat": (266, 36), "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None),
     "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5),
-    "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
-    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
-    "removexattrat": (466, 466),
+    "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463), "removexattr": (197, 14),
+    "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466),
     # parts of the kernel where most of its holes were found
     "unshare": (272, 97), "setns": (308, 268), "bpf": (321, 280), "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282), "add_key": (248, 217), "request_key": (249, 218),
-    "keyctl": (250, 219), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426),
-    "io_uring_register": (427, 427)}
+    "userfaultfd": (323, 282), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
+    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427)}
 CLONE3 = 435                                         # its flags lie in memory, out of our sight
 
 # One instruction is four numbers; these are the operations. source: linux/bpf_common.h
@@ -248,11 +231,8 @@ def seccomp(request):
     install_filter(filter_code(machine))
 
 
-# ---------------------------------------------------------------------------------------------
-# The program
-
-# Namespaces come first, while we still may make them; the filter comes last, because the calls
-# that make the other layers are among those it refuses.
+# The program. Of the layers namespaces come first, while we still may make them; the filter comes last, because the
+# calls that make the other layers are among those it refuses.
 LAYERS = {f.__name__: f for f in (namespaces, rlimits, no_new_privs, landlock, seccomp)}
 
 

@@ -1,17 +1,17 @@
 """
 How good a model is: bits per byte of text, loss on answers, and right answers to questions.
 
-Everything is passed in; nothing here opens a file. With several ranks each takes its share of
-the rows and the sums are added up.
+Everything is passed in; nothing here opens a file. Several ranks share the rows and add up their sums.
 """
 import hashlib
 import math
 from collections import Counter
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from engine import Engine, printable, text_of
-from plumbing.common import RANK, WORLD_SIZE
+from plumbing.common import RANK, WORLD_SIZE, print0
 from plumbing.machine import sum_over_ranks, to_device
 
 # what a base model is asked to go on with: facts, a riddle, a list, an opinion, some algebra
@@ -27,13 +27,12 @@ def evaluate_bpb(model, stream, token_bytes, num_rows, B, T, device):
     """
     Bits per byte: how many bits the model needs for a byte of text it has not seen.
 
-    Unlike the loss per token it does not depend on the tokenizer. Special tokens stand for no
-    byte and are left out on both sides of the fraction.
+    Unlike the loss per token it does not depend on the tokenizer. Special tokens stand for no byte and do not count.
 
-    stream       data.TokenStream; its rows 0 ... num_rows - 1 are scored, at most one epoch
+    stream       data.TokenStream; its first num_rows rows are scored, at most one epoch; 0 = all of it
     token_bytes  (V,) int64 tensor on the device: bytes each token stands for
     """
-    num_rows = max(1, min(num_rows, (stream.num_tokens - 1) // T))
+    num_rows = min(num_rows or math.inf, max(1, (stream.num_tokens - 1) // T))
     nats, num_bytes = 0.0, 0
     for first in range(RANK * B, num_rows, WORLD_SIZE * B):
         x, y = (to_device(a, device) for a in stream.batch_at(first, min(B, num_rows - first), T))
@@ -48,17 +47,13 @@ def evaluate_bpb(model, stream, token_bytes, num_rows, B, T, device):
 
 
 def print_samples(model, tokenizer):
-    """What a base model goes on with, on the first rank's console."""
-    if RANK == 0:
-        for prompt, text in continue_prompts(Engine(model, tokenizer)):
-            print(f"  {prompt} |{printable(text)!r}", flush=True)
-
-
-def continue_prompts(engine, max_tokens=16):
-    """The likeliest words after each of PROMPTS -> list of (prompt, text)."""
-    ids = [[engine.tokenizer.bos, *engine.tokenizer.encode(prompt)] for prompt in PROMPTS]
-    replies = engine.generate_batch(ids, max_tokens=max_tokens)
-    return [(prompt, text_of(engine.tokenizer, reply)) for prompt, reply in zip(PROMPTS, replies)]
+    """The likeliest 16 tokens after each of PROMPTS, printed -> list of (prompt, text)."""
+    ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in PROMPTS]
+    replies = Engine(model, tokenizer).generate_batch(ids, max_tokens=16)
+    samples = [(prompt, text_of(tokenizer, reply)) for prompt, reply in zip(PROMPTS, replies)]
+    for prompt, text in samples:
+        print0(f"  {prompt} |{printable(text)!r}")
+    return samples
 
 
 @torch.no_grad()
@@ -76,8 +71,8 @@ def evaluate_task(engine, task, check, max_problems=0, max_tokens=256, batch_siz
     """
     Test a model on a task -> (right ones, problems); max_problems 0 = all of them.
 
-    A multiple choice is decided by the logits of the letters, anything else by a greedy answer
-    that check(conversation, answer text) -> bool judges (tasks.is_right).
+    A multiple choice is decided by the logits of the letters, anything else by a greedy answer, which
+    check(conversation, answer) -> bool judges (tasks.is_right).
     """
     model, tokenizer, context = engine.model, engine.tokenizer, engine.model.config.sequence_len
     problems = [task[i] for i in range(RANK, min(max_problems or len(task), len(task)), WORLD_SIZE)]
@@ -97,18 +92,21 @@ def count_right_letters(model, tokenizer, problems):
     """
     A batch of multiple choices: how many have the highest logit after the question at the right letter.
 
-    Rows are filled up at the right, where a causal model does not see it. Equal letters,
-    which numbers of 16 bits make common, are decided as equal choices of CORE are: see choose.
+    Rows are filled up at the right, where a causal model sees nothing. Logits of 16 bits are often equal: see choose.
     """
+    # the first token of a reply comes behind a special one, so nothing can join the letter
+    tokens = {letter: tokenizer.encode(letter) for problem in problems for letter in problem["letters"]}
+    for letter, ids in tokens.items():
+        if len(ids) != 1:
+            raise SystemExit(f"the choice {letter!r} is {len(ids)} tokens in this vocabulary, and can't be compared by "
+                             "one logit; leave the multiple choice tasks out (-a)")
     prompts = [crop(tokenizer.render_for_completion(problem), model.config.sequence_len) for problem in problems]
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    idx = torch.full((len(prompts), int(lengths.max())), tokenizer.bos)
-    for b, prompt in enumerate(prompts):
-        idx[b, :len(prompt)] = torch.tensor(prompt)
-    logits = model(idx.to(model.device), positions=(lengths - 1).to(model.device))     # (B, V)
+    idx = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts])
+    logits = model(idx.to(model.device), positions=last.to(model.device))      # (B, V)
     right = 0
     for problem, row in zip(problems, logits):
-        ids = [one_token(tokenizer, letter) for letter in problem["letters"]]
+        ids = [tokens[letter][0] for letter in problem["letters"]]
         choice = choose((-row[ids]).tolist(), ticket_of([problem["messages"][-2]["content"]]))
         right += problem["letters"][choice] == problem["answer"]
     return right
@@ -123,8 +121,7 @@ def constant_share(problems):
     """
     The share of some problems that one and the same answer to all of them would have right.
 
-    Of the counts of a letter two thirds are 1: what a model gets there means something only beside this number.
-    0 where right is what passes, and no answer is given, as for programs.
+    Of the counts of a letter two thirds are 1: a score there means something only beside this. 0 for programs.
     """
     answers = [problem.get("answer") for problem in problems]
     return Counter(answers).most_common(1)[0][1] / len(answers) if None not in answers else 0.0
@@ -139,8 +136,7 @@ def choose(losses, ticket):
     """
     The choice of the lowest loss; among equal ones (within TIE) the item's ticket decides.
 
-    So a model that sees no difference between the choices scores what guessing does. Taking the
-    first would give it the share of items whose first choice happens to be right.
+    So a model that sees no difference scores what guessing does; the first choice may be right too often or too rarely.
     """
     assert all(map(math.isfinite, losses)), f"losses {losses}: the model computes no numbers"
     equal = [i for i, loss in enumerate(losses) if loss <= min(losses) + TIE]
@@ -150,12 +146,3 @@ def choose(losses, ticket):
 def ticket_of(texts):
     """A large number that depends on the texts of an item alone."""
     return int.from_bytes(hashlib.sha256("\0".join(texts).encode("utf-8", "replace")).digest()[:8], "big")
-
-
-def one_token(tokenizer, letter):
-    """The token of a reply that is this letter: first behind a special token, where nothing can join it."""
-    ids = tokenizer.encode(letter)
-    if len(ids) != 1:
-        raise SystemExit(f"the choice {letter!r} is {len(ids)} tokens in this vocabulary, and can't be compared by one "
-                         "logit; leave the multiple choice tasks out (-a)")
-    return ids[0]

@@ -1,8 +1,7 @@
 """
-What a run has left on the disk, for whoever wants to look at it, also in the middle of the run.
+What a run has left on the disk, also in the middle of it: all as one dict, and remarks about what is damaged or old.
 
 reads   <stage>_checkpoints/<model_tag>/{meta_NNNNNN.json,log.jsonl,eval.json,chat_eval.json}
-out     read_stage: all of it as one dict, and remarks about what is damaged or out of date
 """
 import os
 
@@ -21,34 +20,53 @@ def newest_meta(folder, remarks):
 
 
 def read_run(tag, remarks):
-    """{stage: read_stage()} of a model and of those it came from, which may have other tags."""
+    """
+    {stage: read_stage()} of a model and of those it came from, which may have other tags.
+
+    A stage that was trained from another checkpoint than the one there now adds a remark.
+    """
     runs, tags = {}, {}
     for stage in reversed(FOLDERS):
         runs[stage] = read_stage(stage, tags.get(stage, tag), remarks)
         for source in sources(runs[stage]["meta"] if runs[stage] else {}):
             tags.setdefault(source["stage"], source.get("tag", tag))
-    return dict(reversed(runs.items()))
+    runs = dict(reversed(runs.items()))
+    for stage, run in runs.items():
+        source = run and run["meta"].get("source") or {}
+        parent = runs.get(source.get("stage"))
+        if parent and sha_of(parent["meta"]) != source.get("sha256"):
+            remarks.append(f"{TITLES[stage]} started from another {source['stage']} checkpoint "
+                           f"(step {source.get('step')}) than the one there now.")
+    return runs
 
 
 def read_stage(stage, tag, remarks):
     """
     All there is about a stage, or None if it has left nothing.
 
-    returns  dict: stage, meta (of the newest checkpoint), log (rows), text (eval.json) and chat
-             (chat_eval.json), the last two only if they are of that checkpoint; {} or [] if missing
+    returns  dict: stage; meta of the newest checkpoint, {} if missing; log, its rows; text (eval.json) and chat
+             (chat_eval.json), {} if missing or of another checkpoint; seconds of training; val_bpb and val_loss, the
+             last ones or None; answers, {test: (right, total)}, from chat, else from the last test while training
     """
     folder = base_path(FOLDERS[stage], tag)
-    run = dict(stage=stage, meta=newest_meta(folder, remarks), log=[r for r in read_log(folder) if "step" in r])
-    if not run["meta"] and not run["log"]:
+    meta, log = newest_meta(folder, remarks), [row for row in read_log(folder) if "step" in row]
+    if not meta and not log:
         return None
+    run = dict(stage=stage, meta=meta, log=log)
     scripts = dict(text=("eval.json", "base_eval.py"), chat=("chat_eval.json", f"chat_eval.py -i {stage}"))
     for key, (name, script) in scripts.items():
         found = read_json(os.path.join(folder, name), remarks)
-        fits = found.get("checkpoint") == sha_of(run["meta"])
+        fits = found.get("checkpoint") == sha_of(meta)
         run[key] = found if fits else {}
         if found and not fits:
             remarks.append(f"{TITLES[stage]}: `{name}` is of another checkpoint (step {found.get('step', '?')}) than "
                            f"the one there now, so its numbers are not shown; run again: `python {script}`")
+    for key in ("val_bpb", "val_loss"):
+        run[key] = meta[key] if meta.get(key) is not None else next(reversed(series(log, key)[1]), None)
+    # the log may be ahead of the newest checkpoint
+    run["seconds"] = max([meta.get("progress", {}).get("seconds", 0.0), *series(log, "seconds")[1][-1:]])
+    tests = [(row["test"], row) for row in log if "test" in row] + [*run["chat"].get("tasks", {}).items()]
+    run["answers"] = {name: (test["right"], test["total"]) for name, test in tests if test.get("total")}
     return run
 
 
@@ -67,32 +85,3 @@ def find_tag(model_tag):
         raise SystemExit(f"{base_path()}: holds several models; choose one with --model_tag= from {names}" if found else
                          f"{base_path()}: nothing was trained here yet; run base_train.py first")
     return model_tag or found.pop()
-
-
-def chain_remarks(runs):
-    """A remark for each stage that was trained from another checkpoint than the one there now."""
-    for stage, run in runs.items():
-        source = run["meta"].get("source") or {}
-        parent = runs.get(source.get("stage"))
-        if parent and sha_of(parent["meta"]) != source.get("sha256"):
-            yield (f"{TITLES[stage]} started from another {source['stage']} checkpoint (step {source.get('step')}) "
-                   "than the one there now.")
-
-
-def seconds_of(run):
-    """Seconds of training so far: the log may be ahead of the newest checkpoint."""
-    logged = [row["seconds"] for row in run["log"] if isinstance(row.get("seconds"), (int, float))]
-    return max([run["meta"].get("progress", {}).get("seconds", 0.0), *logged[-1:]])
-
-
-def validation(run, key):
-    """The last val_bpb or val_loss of a stage, None if there was none."""
-    logged = series(run["log"], key)[1]
-    return run["meta"].get(key) if run["meta"].get(key) is not None else logged[-1] if logged else None
-
-
-def answers(run):
-    """{test: (right, total)} of a stage: from its evaluation, else from the last test during training."""
-    found = {row["test"]: (row["right"], row["total"]) for row in run["log"] if "test" in row and row.get("total")}
-    tested = run["chat"].get("tasks", {})
-    return found | {name: (task["right"], task["total"]) for name, task in tested.items() if task.get("total")}

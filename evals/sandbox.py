@@ -4,11 +4,10 @@ Runs a program that a model wrote, where its mistakes can do no harm.
 in    Python source that ends without an exception when it is right
 out   a Verdict: passed or not, why not, and how long it took
 
-Every program gets a fresh interpreter: a fork of the trainer would inherit its files, secrets and
-gigabytes of memory. The interpreter has none of the shell's variables, no open files, a process
-group and a clock of its own, and locks itself in before it looks at the program (jail.py). What it
-prints goes to /dev/null. It may write files into its working folder, a few MB that are gone when
-it ends. The layers:
+Every program gets a fresh interpreter: a fork of the trainer would inherit its files, secrets and gigabytes of memory.
+The interpreter has none of the shell's variables, no open files, a process group and a clock of its own, and locks
+itself in before it looks at the program (jail.py). What it prints goes to /dev/null. It may write files into its
+working folder, a few MB that are gone when it ends. The layers, all of them Linux:
 
 namespaces    own network (none), processes (none), and files: the standard library, read only
 rlimits       memory, processor time, open files, size of a file
@@ -16,17 +15,14 @@ no_new_privs  root's powers dropped, and no way to others
 landlock      files again, by the kernel's rules for paths; works in containers too
 seccomp       system calls: no processes, signals, sockets, links, changing of rights
 
-All five are Linux. layers() tries which of them this kernel grants, and what it grants once must
-work every time. Without seccomp, or with neither namespaces nor landlock, nothing is run unless
-the caller says `unsafe`.
+layers() tries which of them this kernel grants, and what it grants once must work every time. Without seccomp, or with
+neither namespaces nor landlock, nothing is run unless the caller says `unsafe`.
 
-What it is for: the mistakes of a model, such as an endless loop, all of the memory or a deleted
-folder. An exit, a print or a crash never passes, for a verdict needs a nonce that is read after
-the program's end. What it is not: a place for strangers' code. Program and judge share an
-interpreter, so a program that sets out to forge its verdict can: it answers as equal to
-everything, or reads the nonce from its pipe, which it finds in the judge's frames. The list of
-forbidden calls is finite, the kernel has holes, and time can be measured. For strangers take a
-virtual machine.
+What it is for: the mistakes of a model, such as an endless loop, all of the memory or a deleted folder. An exit, a
+print or a crash never passes, for a verdict needs a nonce that is read after the program's end. What it is not: a
+place for strangers' code. Program and judge share an interpreter, so a program that sets out to forge its verdict can:
+it answers as equal to everything, or reads the nonce from its pipe, which it finds in the judge's frames. The list of
+forbidden calls is finite, the kernel has holes, and time can be measured. For strangers take a virtual machine.
 """
 import contextlib
 import functools
@@ -90,9 +86,6 @@ def problem_with_layers():
             "skipped (--unsafe_exec=1 runs them all the same)")
 
 
-# ---------------------------------------------------------------------------------------------
-
-
 def run_in_jail(source, timeout, memory, active):
     """run_program with exactly these layers; RuntimeError when one of them cannot be had."""
     nonce = secrets.token_hex(16).encode()
@@ -102,8 +95,8 @@ def run_in_jail(source, timeout, memory, active):
     request = dict(source=source, layers=active, timeout=timeout, memory=memory, disk=DISK, nonce_fd=nonce_fd)
     folder = tempfile.mkdtemp(prefix="nanochat_program_")
     try:
-        # -S -s: no site-packages, -B: no .pyc files. Not -I, so that the hash seed is heard: the
-        # order of a set must not decide whether an answer is right.
+        # -S -s: no site-packages, -B: no .pyc files. Not -I, so that the hash seed is heard: the order of a set must
+        # not decide whether an answer is right.
         process = subprocess.Popen(
             [sys.executable, "-S", "-s", "-B", JAIL], cwd=folder, env={"PYTHONHASHSEED": "0"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

@@ -1,4 +1,5 @@
 """The results of an evaluation in a JSON file: kept as long as they are of the same model."""
+import contextlib
 import json
 import os
 
@@ -7,25 +8,16 @@ from plumbing.common import RANK, atomic_write, base_path, print0
 
 def read_json(path, remarks):
     """The object in a JSON file, {} where there is none; a damaged one adds a remark to the list."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
+    content = None
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as f:
+        content = json.load(f)
+    if os.path.exists(path) and not isinstance(content, dict):
         remarks.append(f"`{os.path.relpath(path, base_path())}` is damaged and was left out.")
-        return {}
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def read_results(path, **same):
-    """
-    What an evaluation has left, {} where it is of another model: read_results(path, checkpoint=sha256 of the weights).
-
-    A damaged file is said in one line and made again.
-    """
+    """What an evaluation has left; {} if damaged or if a value of `same` differs (checkpoint=sha256 of the weights)."""
     damages = []
     found = read_json(path, damages)
     if damages:

@@ -6,6 +6,7 @@ attributes. tests/test_budget.py holds the parameter counts against the real mod
 """
 
 import re
+from types import SimpleNamespace
 
 HEAD_DIM = 128               # dimensions of one attention head, where the width allows it
 KEEP = 2                     # checkpoints of a stage that stay on the disk: the newest and the one before
@@ -76,30 +77,41 @@ def rows_per_step(total_batch_size, max_seq_len):
     return max(8, 8 * round(total_batch_size / max_seq_len / 8))
 
 
-def micro_batches(rows, world_size, device_batch_size, free_bytes, config, compute_bytes,
-                  gradient_checkpointing=False):
+def micro_batch(rows, world_size, asked, free_bytes, config, compute_bytes, gradient_checkpointing=False):
     """
-    How a step is split -> (rows per micro-batch, rows per rank, micro-batches per rank).
+    B, the rows of a micro-batch: as asked for, or (0) the most that fit into free_bytes and have at most MICRO_TOKENS.
 
     The rows of a step are given by the configuration, the micro-batch by the memory, so a
-    smaller GPU changes the speed and never the training. device_batch_size has to divide the
-    rows of a rank; 0 takes the largest that does, fits into free_bytes and has at most MICRO_TOKENS.
+    smaller GPU changes the speed and never the training. A GPU then tries it (fit.py).
     """
-    if rows % world_size:
-        fitting = [n for n in range(1, rows + 1) if rows % n == 0]
-        raise SystemExit(f"{rows} rows per step do not divide over {world_size} processes; take one of {fitting[:8]}")
-    rank_rows = rows // world_size
-    divisors = [d for d in range(1, rank_rows + 1) if rank_rows % d == 0]
-    if device_batch_size and device_batch_size not in divisors:
-        below = max((d for d in divisors if d < device_batch_size), default=1)
-        above = min((d for d in divisors if d > device_batch_size), default=below)
-        raise SystemExit(f"device_batch_size={device_batch_size} does not divide the {rank_rows} rows that a step has "
-                         f"per process; the nearest that do are {below} and {above}")
+    if rows < world_size:
+        raise SystemExit(f"{rows} rows per step for {world_size} processes: each needs one; lower NPROC or raise total_batch_size")
+    if asked < 0:
+        raise SystemExit(f"device_batch_size={asked}: rows of a micro-batch; 0 = the most that fit")
     room = free_bytes - state_bytes(config)
-    row = row_bytes(config, compute_bytes, gradient_checkpointing)
-    most = max(1, MICRO_TOKENS // config.sequence_len)
-    B = device_batch_size or max((d for d in divisors if d * row <= room and d <= most), default=1)
-    return B, rank_rows, rank_rows // B
+    fitting = min(room // row_bytes(config, compute_bytes, gradient_checkpointing), MICRO_TOKENS // config.sequence_len)
+    return even_batch(-(-rows // world_size), max(1, asked or int(fitting)))
+
+
+def even_batch(rows, most):
+    """
+    Rows of a micro-batch, at most `most`, so that as few as possible hold a rank's `rows` and are about equally large.
+
+    A size that divides the rows counts for more than one up to a third larger: the last micro-batch
+    is then as large as the others, and the compiler has one size to compile. 84 rows, at most 32: 28.
+    """
+    B = -(-rows // -(-rows // min(most, rows)))
+    divisor = max(d for d in range(1, B + 1) if rows % d == 0)
+    return divisor if 4 * divisor >= 3 * B else B
+
+
+def largest_depth(free_bytes, config, compute_bytes):
+    """The deepest model below config's depth of which a row fits with gradient checkpointing; at least 1."""
+    for depth in range(config.n_layer - 1, 1, -1):
+        smaller = SimpleNamespace(**{**vars(config), **model_shape(depth)})
+        if state_bytes(smaller) + row_bytes(smaller, compute_bytes, True) <= free_bytes:
+            return depth
+    return 1
 
 
 def steps_text(steps, rows, sequence_len, B):

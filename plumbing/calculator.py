@@ -4,10 +4,9 @@ The tool a chat model may call: arithmetic, and counting letters in a word.
 in    the text between <|python_start|> and <|python_end|>, written by the model
 out   the result as a short text, or None for everything that is not plain arithmetic
 
-A model's words are never run. A regular expression first lets only numbers, operators,
-parentheses, strings and .count( through; then the syntax tree is walked, and a node that is not
-on the list ends it. All sizes are bounded, so there is nothing to time out: no eval, no signals,
-safe in any thread. It counts in fractions, without an error: 100/3*3 is 100.
+A model's words are never run. A regular expression first lets only numbers, operators, parentheses, strings and .count(
+through; then the syntax tree is walked, and a node that is not on the list ends it. All sizes are bounded, so there is
+nothing to time out: no eval, no signals, safe in any thread. It counts in fractions, without an error: 100/3*3 is 100.
 """
 import ast
 import operator
@@ -33,36 +32,31 @@ UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def calculate(expression):
-    """
-    The value of an expression as a text ("24", "0.2"), or None when it is anything but plain
-    arithmetic or 'word'.count('x'). Never raises.
-    """
-    source = read(expression)
-    if source is None:
-        return None
+    """The value of plain arithmetic and 'word'.count('x') as a text ("24", "0.2"); None for all else. Never raises."""
     try:
-        return write(value_of(ast.parse(source, mode="eval").body, MAX_DEPTH, source.encode()))
+        source = python_source(expression)
+        return format_number(value_of(ast.parse(source, mode="eval").body, MAX_DEPTH, source.encode()))
     except (ValueError, ArithmeticError, SyntaxError, RecursionError, MemoryError):
-        return None          # half an expression, a division by zero, too large or small, too deep
+        return None          # not allowed, half an expression, a division by zero, too large or small, too deep
 
 
-def read(expression):
-    """The expression as Python source, 1,000 and 007 as 1000 and 7; None = not allowed."""
+def python_source(expression):
+    """The expression as Python source, 1,000 and 007 as 1000 and 7; ValueError for anything not allowed in one."""
     if not isinstance(expression, str) or len(expression) > MAX_CHARS:
-        return None
-    source, at, open_now = [], 0, 0
+        raise ValueError("no text, or too long")
+    source, at, depth = [], 0, 0
     expression = expression.strip()
     while at < len(expression):
         piece = PIECE.match(expression, at)
         if not piece:
-            return None
+            raise ValueError("not arithmetic")
         text = piece.group()
         if piece.lastgroup == "number":
             text = text.replace(",", "").lstrip("0") or "0"
             text = "0" + text if text.startswith(".") else text
-        open_now += text.endswith("(") - (text == ")")
-        if open_now > MAX_DEPTH:                     # counted here, before Python's parser sees it
-            return None
+        depth += text.endswith("(") - (text == ")")
+        if depth > MAX_DEPTH:                        # counted here, before Python's parser sees it
+            raise ValueError("nested too deep")
         source.append(text)
         at = piece.end()
     return "".join(source)
@@ -94,7 +88,7 @@ def value_of(node, depth, source):
     return Fraction(value)                           # // and count give an int, and int / int would be a float
 
 
-def write(value):
+def format_number(value):
     """
     A Fraction as people write it: 10 -> "10", 3/10 -> "0.3", never with an exponent.
 

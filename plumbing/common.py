@@ -5,13 +5,15 @@ No torch here, so that the scripts which only move text start at once.
 """
 import ast
 import contextlib
+import functools
 import hashlib
-import json
 import io
+import json
 import math
 import os
 import re
 import tokenize
+from dataclasses import dataclass
 
 # The environment is read here and nowhere else.
 BASE_DIR = os.path.expanduser(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
@@ -24,26 +26,25 @@ if os.path.exists(BASE_DIR) and not os.path.isdir(BASE_DIR):
     raise SystemExit(f"NANOCHAT_BASE_DIR={BASE_DIR}: is a file; it must be a folder, which is made where there is none")
 WANDB_IS_SET_UP = "WANDB_API_KEY" in os.environ or "WANDB_MODE" in os.environ
 
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # the code that makes conversations, and with it what mid-training and fine-tuning learn
 TASK_CODE = ("tokenizer.py", "data.py", *sorted(f"tasks/{name}" for name in os.listdir(os.path.join(ROOT, "tasks"))
                                                 if re.fullmatch(r"\w+\.py", name)))
 
 
+@functools.cache
 def code_hash(name):
-    """16 hex digits for the code in a Python file of ours: comments, docstrings and empty lines do not count."""
+    """16 hex digits for the code in a file of ours, as it is when first asked for; without comments and docstrings."""
     with open(os.path.join(ROOT, name), encoding="utf-8") as f:
         text = f.read()
     lines = text.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
+    for kind, _, (row, column), _, _ in tokenize.generate_tokens(io.StringIO(text).readline):
+        if kind == tokenize.COMMENT:
             lines[row - 1] = lines[row - 1][:column]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            for row in range(node.body[0].lineno, node.body[0].end_lineno + 1):
-                lines[row - 1] = ""
+            first, last = node.body[0].lineno, node.body[0].end_lineno
+            lines[first - 1:last] = [""] * (last - first + 1)
     # the text and not the syntax tree, which one version of Python writes otherwise than the next
     return hashlib.sha256("\n".join(line.rstrip() for line in lines if line.strip()).encode()).hexdigest()[:16]
 
@@ -64,8 +65,8 @@ def atomic_write(path, mode="wb"):
     """
     A file that appears under its name only when it is complete.
 
-    Written to a temporary name beside it, flushed to the disk, then renamed, which the file
-    system does in one move. On any error the temporary file goes and an older file stays.
+    Written to a temporary name beside it, flushed to the disk, then renamed, which the file system does in one move.
+    On any error the temporary file goes and an older file stays; a full disk is a SystemExit.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -84,20 +85,26 @@ def atomic_write(path, mode="wb"):
             os.remove(temporary)
 
 
+def fingerprint(path):
+    """[size in bytes, sha256] of a file; 0.1 s for a shard of text."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return [os.path.getsize(path), digest.hexdigest()]
+
+
 def due(step, every, last):
     """Whether something that happens every so many steps happens now; 0 = only at the end."""
     return last or (every > 0 and step > 0 and step % every == 0)
 
 
+@dataclass
 class Ema:
-    """
-    Exponential moving average that is exact from the first value on.
-
-    It divides by the weight it has seen so far, so there is no step number to get wrong.
-    """
-
-    def __init__(self, beta, total=0.0, weight=0.0):
-        self.beta, self.total, self.weight = beta, total, weight
+    """Exponential moving average that is exact from the first value on: it divides by the weight it has seen so far."""
+    beta: float
+    total: float = 0.0
+    weight: float = 0.0
 
     def update(self, x):
         self.total = self.beta * self.total + (1 - self.beta) * x
@@ -122,14 +129,21 @@ class Log:
         with atomic_write(path, "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in kept)
         self.file = open(path, "a", encoding="utf-8")
-        self.wandb = start_wandb(run, config) if run else None
+        if not run:
+            return
+        try:
+            import wandb
+        except ImportError:
+            print0(f"run={run}: wandb is not installed, so the run is logged to log.jsonl alone")
+        else:                                # without a key it would ask for one; api_key: after `wandb login`
+            mode = None if WANDB_IS_SET_UP or wandb.api.api_key else "offline"
+            self.wandb = wandb.init(project="nanochat", name=run, config=config, mode=mode)
 
     def write(self, step, **row):
         """Append one row; a number that is not finite is written as null."""
         if self.file is None:
             return
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        row = dict(step=step, **finite)
+        row = {"step": step} | {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.wandb:
@@ -137,15 +151,12 @@ class Log:
 
 
 def read_log(folder):
-    """The rows of a stage's log.jsonl; a last line that a crash cut short is left out."""
+    """The rows of a stage's log.jsonl, [] where there is none; a last line that a crash cut short is left out."""
     rows = []
-    try:
-        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
-            for line in f:
-                with contextlib.suppress(json.JSONDecodeError):
-                    rows.append(json.loads(line))
-    except FileNotFoundError:
-        pass
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
+        for line in f:
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
     return rows
 
 
@@ -166,7 +177,7 @@ class Progress:
     def __init__(self, log, start_step, total_steps, flops_per_token, peak_flops, state=None):
         self.log, self.start_step, self.total_steps = log, start_step, total_steps
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        state = state or dict(seconds=0.0, tokens=0, loss=[0.0, 0.0])
+        state = state or dict(seconds=0.0, tokens=0, loss=[])
         self.seconds, self.tokens = state["seconds"], state["tokens"]
         self.loss, self.step_seconds = Ema(0.9, *state["loss"]), Ema(0.9)
         self.since_line = 0.0                                        # training seconds since the last line
@@ -199,20 +210,9 @@ class Progress:
                    (f"mfu {100 * mfu:.1f} % | " if mfu else "") + f"eta {duration(eta)}")
 
 
-def start_wandb(run, config):
-    """A wandb run, offline where there is no key (wandb would ask for one); None if not installed."""
-    try:
-        import wandb
-    except ImportError:
-        print0(f"run={run}: wandb is not installed, so the run is logged to log.jsonl alone")
-        return None
-    mode = None if WANDB_IS_SET_UP or wandb.api.api_key else "offline"    # api_key: after `wandb login`
-    return wandb.init(project="nanochat", name=run, config=config, mode=mode)
-
-
 def duration(seconds):
     """75 -> '1m15s', for people."""
-    seconds = int(round(seconds))
+    seconds = round(seconds)
     hours, minutes = seconds // 3600, seconds % 3600 // 60
     if hours:
         return f"{hours}h{minutes:02d}m"

@@ -6,11 +6,11 @@ Override the knobs at the top of a script, with config files and with flags.
 
     python base_train.py config/tiny_base.py --depth=4 --run=first
 
-A config file is plain Python that assigns knobs. Files and flags apply from left to right, the
-last one wins. A misspelt knob or a wrong type ends the run before it starts, in one line,
-because a typo must not cost a night of training.
+A config file is plain Python that assigns knobs. Files and flags apply from left to right, the last one wins. A
+misspelt knob or a wrong type ends the run before it starts, in one line: a typo must not cost a night of training.
 """
 import ast
+import contextlib
 import difflib
 import os
 import sys
@@ -19,7 +19,6 @@ from types import ModuleType
 
 from plumbing.common import print0
 
-TYPES = (int, float, bool, str)
 SHORT = {                    # short forms people type, each followed by its value: -n 8
     "-p": "prompt",          # what to ask
     "-i": "source",          # which stage's model: base, mid, sft
@@ -36,17 +35,25 @@ def configure(scope, argv=None, show=True):
     returns {name: value} of every knob as the run sees it; it is saved with the checkpoint
     raises SystemExit with one line when a name, a type or a file is wrong
     """
-    argv = join_short(sys.argv[1:] if argv is None else list(argv))
+    args, rest = [], iter(sys.argv[1:] if argv is None else argv)
+    for arg in rest:                                 # -n 8 or -n=8 becomes --num_shards=8
+        short, equals, value = arg.partition("=")
+        if short in SHORT:
+            value = value if equals else next(rest, None)
+            if value is None:
+                raise SystemExit(f"{arg}: a value is missing, write {arg} VALUE")
+            arg = f"--{SHORT[short]}={value}"
+        args.append(arg)
     knobs = {name: value for name, value in scope.items() if is_knob(name, value)}
     for name, value in knobs.items():
-        assert type(value) in TYPES, f"knob {name} = {value!r}: a default is an int, float, bool or str"
-    if "--help" in argv or "-h" in argv:             # the docstring, and the knobs with their comments
+        assert type(value) in (int, float, bool, str), f"knob {name} = {value!r}: must be an int, float, bool or str"
+    if "--help" in args or "-h" in args:             # the docstring, and the knobs with their comments
         with open(scope["__file__"], encoding="utf-8") as f:
             lines = [line.rstrip() for line in f if line.split(" = ")[0] in knobs]
         print("\n".join([(scope.get("__doc__") or "").strip(), "", *lines]))
         raise SystemExit(0)
     came_from = {}                                   # knob -> the file or flag that set it last
-    for arg in argv:
+    for arg in args:
         read = read_flag if arg.startswith("-") else read_file
         for name, value in read(arg, knobs):
             knobs[name] = checked(name, value, knobs, arg)
@@ -63,32 +70,16 @@ def is_knob(name, value):
     return name == name.lower() and not name.startswith("_") and not code
 
 
-def join_short(argv):
-    """['-n', '8', '-i=sft'] -> ['--num_shards=8', '--source=sft']"""
-    joined, rest = [], list(argv)
-    while rest:
-        arg = rest.pop(0)
-        short, equals, value = arg.partition("=")
-        if short in SHORT:
-            if not equals and not rest:
-                raise SystemExit(f"{arg}: a value is missing, write {arg} VALUE")
-            arg = f"--{SHORT[short]}={value if equals else rest.pop(0)}"
-        joined.append(arg)
-    return joined
-
-
 def read_flag(arg, knobs):
     """'--depth=4' -> [('depth', 4)]; a str knob takes the text as it stands."""
     name, equals, text = arg.lstrip("-").partition("=")
     if not arg.startswith("--") or not equals:
         near = difflib.get_close_matches(name.replace("-", "_"), knobs, n=1)
         raise SystemExit(f"{arg}: write --{near[0] if near else name}=VALUE (--help lists the knobs)")
-    if isinstance(knobs.get(name), str):
-        return [(name, text)]
-    try:
-        return [(name, ast.literal_eval(text))]
-    except (ValueError, SyntaxError):
-        return [(name, text)]                        # checked() rejects it and says why
+    if not isinstance(knobs.get(name), str):
+        with contextlib.suppress(ValueError, SyntaxError):       # checked() rejects what is no value and says why
+            return [(name, ast.literal_eval(text))]
+    return [(name, text)]
 
 
 def read_file(path, knobs):

@@ -8,7 +8,6 @@ HF_ENDPOINT stands in for https://huggingface.co, NANOCHAT_MIRROR for every othe
 """
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import time
@@ -17,14 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import requests
 
-from plumbing.common import HF_ENDPOINT, MIRROR
+from plumbing.common import HF_ENDPOINT, MIRROR, fingerprint
 
 HUB = "https://huggingface.co"
 TIMEOUT = (10, 60)               # seconds to connect, seconds without a byte
 PAUSES = (1, 2, 4, 8, 16, 32)    # seconds before each further try: about a minute in all
 # What may pass by itself: no connection, silence, a body cut short.
-TRANSPORT_ERRORS = (requests.ConnectionError, requests.Timeout,
-                    requests.exceptions.ChunkedEncodingError)
+TRANSPORT_ERRORS = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
 class Again(Exception):
@@ -42,8 +40,7 @@ def download(url, path, problem_with=None):
     """
     problem_with = problem_with or (problem_with_parquet if path.endswith(".parquet") else lambda _: "")
     if os.path.exists(path):
-        problem = problem_with(path)
-        if not problem:
+        if not (problem := problem_with(path)):
             return 0
         print(f"{path}: {problem}; fetching it again", flush=True)
     try:
@@ -103,14 +100,13 @@ def fetch_patiently(url, f, problem_with):
     for pause in (*PAUSES, None):
         try:
             sha256 = fetch(url, f)
-            problem = problem_with_bytes(f.name, sha256) or problem_with(f.name)
-            if not problem:
+            if not (problem := problem_with_bytes(f.name, sha256) or problem_with(f.name)):
                 return
             f.truncate(f.seek(0))          # no part of it can be trusted
             spoiled += 1
             if spoiled == 2:
-                raise SystemExit(f"{name}: {problem}, twice over; {url} serves another file than "
-                                 "expected, check HF_ENDPOINT and NANOCHAT_MIRROR")
+                raise SystemExit(f"{name}: {problem}, twice over; {url} serves another file than expected, check "
+                                 "HF_ENDPOINT and NANOCHAT_MIRROR")
             raise Again(problem, 0)
         except TRANSPORT_ERRORS as error:
             reason, asked = type(error).__name__, 0
@@ -121,10 +117,9 @@ def fetch_patiently(url, f, problem_with):
                              f"({reason}); is the network up? The same command goes on from here")
         pause = max(pause, asked)
         print(f"{name}: {reason}; next try in {pause} s", flush=True)
-        while pause > 0:                   # touched, so that a waiting trainer sees we are alive
+        for left in range(pause, 0, -20):  # touched, so that a waiting trainer sees we are alive
             os.utime(f.name)
-            time.sleep(min(pause, 20))
-            pause -= 20
+            time.sleep(min(left, 20))
 
 
 def fetch(url, f):
@@ -139,59 +134,47 @@ def fetch(url, f):
     if start:
         headers["Range"] = f"bytes={start}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        require_file(url, response)
-        resumed = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-        if not (start and response.status_code == 206 and resumed):
+        status, said = response.status_code, response.headers
+        if status in (408, 429) or status >= 500:
+            asked = said.get("Retry-After", "")
+            raise Again(f"status {status}", int(asked) if asked.isdigit() else 0)
+        if status not in (200, 206, 416):
+            raise SystemExit(f"{url}: status {status} {response.reason}; check the address, HF_ENDPOINT and "
+                             "NANOCHAT_MIRROR")
+        if "text/html" in said.get("Content-Type", ""):
+            raise SystemExit(f"{url}: a web page came instead of the file (a login page or a proxy?)")
+        resumed = said.get("Content-Range", "").startswith(f"bytes {start}-")
+        if not (start and status == 206 and resumed):
             start = 0                             # the server sends the whole file: start over
             f.truncate(f.seek(0))
-        if response.status_code == 416 or (response.status_code == 206 and not resumed):
+        if status == 416 or (status == 206 and not resumed):
             raise Again("what was here does not fit the file there", 0)
         for chunk in response.iter_content(1 << 18):
             f.write(chunk)
         f.flush()
-        length = response.headers.get("Content-Length", "")
+        length = said.get("Content-Length", "")
         if length.isdigit() and f.tell() != start + int(length):
             raise Again(f"cut after {f.tell()} of {start + int(length)} bytes", 0)
         # the hub says it on its redirect to the storage, a mirror on the answer itself
-        answers = [*response.history, response]
-    etags = [answer.headers.get("X-Linked-Etag", "").strip('"') for answer in answers]
+        etags = [answer.headers.get("X-Linked-Etag", "").strip('"') for answer in (*response.history, response)]
     return next((etag for etag in etags if re.fullmatch("[0-9a-f]{64}", etag)), "")
-
-
-def require_file(url, response):
-    """Raise for an answer that is no file: Again where waiting may help, else SystemExit."""
-    status = response.status_code
-    if status in (408, 429) or status >= 500:
-        asked = response.headers.get("Retry-After", "")
-        raise Again(f"status {status}", int(asked) if asked.isdigit() else 0)
-    if status not in (200, 206, 416):
-        raise SystemExit(f"{url}: status {status} {response.reason}; check the address, "
-                         "HF_ENDPOINT and NANOCHAT_MIRROR")
-    if "text/html" in response.headers.get("Content-Type", ""):
-        raise SystemExit(f"{url}: a web page came instead of the file (a login page or a proxy?)")
 
 
 def problem_with_bytes(path, sha256):
     """What is wrong with the bytes, whatever their format; "" for nothing."""
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
         head = f.read(512)
-        f.seek(0)
-        while chunk := f.read(1 << 20):           # 0.1 s for a shard
-            digest.update(chunk)
     if not head:
         return "nothing came"
     if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
         return "it is a web page"
-    return "its sha256 is not the hub's" if sha256 and digest.hexdigest() != sha256 else ""
+    return "its sha256 is not the hub's" if sha256 and fingerprint(path)[1] != sha256 else ""
 
 
 def problem_with_parquet(path):
     """What is wrong with a parquet file as far as its two ends tell, "" for nothing."""
-    try:
-        with open(path, "rb") as f:
-            begins_well = f.read(4) == b"PAR1"    # a resumed part of another file does not
+    with contextlib.suppress(pa.ArrowException, OSError), open(path, "rb") as f:
         pq.read_metadata(path)                    # the index, at the end of the file
-    except (pa.ArrowException, OSError):
-        begins_well = False
-    return "" if begins_well else "no whole parquet file"
+        if f.read(4) == b"PAR1":                  # a resumed part of another file does not begin so
+            return ""
+    return "no whole parquet file"

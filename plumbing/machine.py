@@ -3,7 +3,6 @@ The machine a stage runs on: device, number format, threads, ranks. Decided once
 
 No other file asks for a device by name, so a stage reads the same on a GPU and on a laptop.
 """
-import contextlib
 import itertools
 import json
 import math
@@ -13,14 +12,17 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from plumbing.budget import CPU_BYTES, flops_per_token, micro_batches, peak_flops, usable_bytes
+from plumbing.budget import CPU_BYTES, flops_per_token, peak_flops, usable_bytes
 from plumbing.common import LOCAL_RANK, RANK, WORLD_SIZE, atomic_write, print0
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PATIENCE = timedelta(minutes=30)  # a rank waits so long for the others, one of which may be downloading
 TIMED_FLOPS = 1e11             # of a pass that is timed: about a second on two CPU cores
 
 
@@ -50,14 +52,6 @@ class Machine:
         import resource  # kilobytes, on macOS bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    def micro_batch(self, rows, config, meta, device_batch_size, gradient_checkpointing):
-        """B, the rows of a micro-batch: as asked for, as in the run that is continued (it rounds alike), or what fits."""
-        if meta and meta["world_size"] == WORLD_SIZE:
-            device_batch_size = device_batch_size or meta["device_batch_size"]
-        B, _, _ = micro_batches(rows, WORLD_SIZE, device_batch_size, self.free_bytes, config, self.dtype.itemsize,
-                                gradient_checkpointing)
-        return B
-
     def describe(self):
         """What goes into a checkpoint's meta: a resumed run takes the same number format and threads."""
         return dict(name=self.name, device=self.device.type, dtype=self.dtype_name, threads=self.threads, cores=cores(),
@@ -75,6 +69,7 @@ def start(device="", dtype="", meta=None):
         raise SystemExit(f"device={device}: must be cuda, mps or cpu, or empty for the best there is")
     if dtype not in ("", *DTYPES):
         raise SystemExit(f"dtype={dtype}: must be float32 or bfloat16, or empty for the best there is")
+    sys.excepthook = out_of_memory
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, asked = device or best, dtype
     if kind == "cuda" and best != "cuda":
@@ -91,7 +86,11 @@ def start(device="", dtype="", meta=None):
         dtype = dtype or ("bfloat16" if torch.cuda.get_device_capability(chosen) >= (8, 0) else "float32")
     dtype = dtype or "float32"
     if WORLD_SIZE > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
+        except dist.DistError as error:
+            raise SystemExit(f"{WORLD_SIZE} processes were to meet, not all came within {PATIENCE}: start the same command on "
+                             f"every machine, each with its NODE_RANK ({str(error).splitlines()[0]:.100})") from None
     machine = Machine(chosen, DTYPES[dtype], dtype, name, peak_flops(name), free_bytes)
     use_numerics(machine, asked, meta and meta.get("machine"))
     return machine
@@ -181,23 +180,55 @@ def sum_over_ranks(numbers, device):
     return tensor.tolist()
 
 
+def smallest_over_ranks(numbers, device):
+    """A list of whole numbers, of each the smallest that a rank has."""
+    if WORLD_SIZE > 1:
+        tensor = torch.tensor(numbers, device=device)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        numbers = tensor.tolist()
+    return numbers
+
+
 def to_device(array, device):
     """numpy (B, T) int64 -> tensor on the device, copied while the GPU works."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def reduce_and_clip(model, step, loss, grad_clip):
+def over_ranks(model, forward):
     """
-    The gradients of all ranks added up, and scaled down where their norm is above grad_clip (0 = never).
+    forward for training on all ranks: forward(idx, targets) -> this rank's loss.
+
+    Several ranks: torch adds up their gradients in buckets while the backward pass still computes the rest. Which
+    pass of a step does that last_pass says. forward is the model, or a compiled form of it.
+    """
+    if WORLD_SIZE == 1:
+        return forward
+    step = torch.nn.Module()
+    step.model, step.forward = model, lambda idx, targets: forward(idx, targets)
+    step = DistributedDataParallel(step, gradient_as_bucket_view=True)
+
+    def add_up(_, bucket):                                       # torch's own way is the mean
+        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+    step.register_comm_hook(None, add_up)
+    return step
+
+
+def last_pass(forward, is_last):
+    """Say whether the next backward pass is the step's last: it exchanges the gradients of several ranks."""
+    if WORLD_SIZE > 1:
+        forward.require_backward_grad_sync = is_last
+
+
+def clip(model, step, loss, grad_clip):
+    """
+    The gradient scaled down where its norm is above grad_clip (0 = never).
 
     loss     this rank's part of the step's loss, a tensor
     returns  (loss of the whole step, norm of the gradient before clipping) as floats
     raises   SystemExit where one of them is no number: the run has diverged, its weights are untouched
     """
-    if WORLD_SIZE > 1:
-        for p in model.parameters():
-            dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf")).item()
     [loss] = sum_over_ranks([loss.item()], model.device)         # waits for the GPU
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -206,21 +237,12 @@ def reduce_and_clip(model, step, loss, grad_clip):
     return loss, norm
 
 
-@contextlib.contextmanager
-def memory_advice(device_batch_size, rows, variable="DEVICE_BATCH_SIZE"):
-    """
-    Turn running out of GPU memory into one line with what helps.
-
-    rows      of a step, of all ranks
-    variable  the drivers' name for the micro-batch of this stage
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        smaller = max((d for d in range(1, device_batch_size) if rows // WORLD_SIZE % d == 0), default=0)
-        help_ = f"{variable}={smaller} or --device_batch_size={smaller} (the training stays the same)" if smaller \
-            else "GRADIENT_CHECKPOINTING=1 or --gradient_checkpointing=1, or a shorter max_seq_len"
-        raise SystemExit(f"out of GPU memory with {device_batch_size} rows per micro-batch; run again with {help_}") from None
+def out_of_memory(kind, error, trace):
+    """sys.excepthook: running out of GPU memory is one line, anywhere; all else is shown as ever."""
+    if not issubclass(kind, torch.OutOfMemoryError):
+        return sys.__excepthook__(kind, error, trace)
+    print("out of GPU memory; does another program use this GPU (nvidia-smi)? If not, the same command goes on with half of "
+          "DEVICE_BATCH_SIZE or --device_batch_size (the training stays the same), or with GRADIENT_CHECKPOINTING=1", file=sys.stderr)
 
 
 def finish():

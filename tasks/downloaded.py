@@ -22,25 +22,20 @@ SOURCES = {     # folder below task_data/: where its files come from, which file
     "smoltalk": (f"{HUB}/datasets/HuggingFaceTB/smol-smoltalk/resolve/main/data/",
                  [f"train-{i:05d}-of-00004.parquet" for i in range(4)] + [PARQUET % "test"]),
     # all/ and not auxiliary_train/, where every row is wrapped once more
-    "mmlu": (f"{HUB}/datasets/cais/mmlu/resolve/main/all/",
-             [PARQUET % "auxiliary_train", PARQUET % "test"]),
-    "gsm8k": (f"{HUB}/datasets/openai/gsm8k/resolve/main/main/",
-              [PARQUET % "train", PARQUET % "test"]),
+    "mmlu": (f"{HUB}/datasets/cais/mmlu/resolve/main/all/", [PARQUET % "auxiliary_train", PARQUET % "test"]),
+    "gsm8k": (f"{HUB}/datasets/openai/gsm8k/resolve/main/main/", [PARQUET % "train", PARQUET % "test"]),
     "arc": (f"{HUB}/datasets/allenai/ai2_arc/resolve/main/",
-            [PARQUET % f"ARC-{subset}/{split}" for subset in ("Easy", "Challenge")
-             for split in ("train", "test")]),
+            [PARQUET % f"ARC-{subset}/{split}" for subset in ("Easy", "Challenge") for split in ("train", "test")]),
     "humaneval": (f"{HUB}/datasets/openai/openai_humaneval/resolve/main/openai_humaneval/",
                   [PARQUET % "test"]),           # its task: evals/humaneval.py
-    "identity": ("https://karpathy-public.s3.us-west-2.amazonaws.com/",
-                 ["identity_conversations.jsonl"]),
-    "words": ("https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/",
-              ["words_alpha.txt"]),
+    "identity": ("https://karpathy-public.s3.us-west-2.amazonaws.com/", ["identity_conversations.jsonl"]),
+    "words": ("https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/", ["words_alpha.txt"]),
 }
 FETCH = "run: python prepare.py --tasks=1"
 
 
 class ParquetRows:
-    """Rows of parquet files as dicts; the number comes from the footers, the text at first use."""
+    """Rows of parquet files as dicts, shuffled; their number comes from the footers, the text at first use."""
 
     def __init__(self, paths, columns):
         self.paths, self.columns, num_rows = paths, columns, 0
@@ -55,8 +50,7 @@ class ParquetRows:
         tables = []
         for path in self.paths:
             with opened(path) as file:
-                missing = set(self.columns) - set(file.schema_arrow.names)
-                if missing:
+                if missing := set(self.columns) - set(file.schema_arrow.names):
                     raise pa.ArrowInvalid(f"it has no column {min(missing)!r}")
                 tables.append(file.read(self.columns))
         return pa.concat_tables(tables)
@@ -98,11 +92,7 @@ def mmlu(split, size=0):
     """Exam questions of 57 subjects (14K test); train: the auxiliary set of school ones (100K)."""
     must_be("split", split, ("train", "test"))
     name = PARQUET % ("auxiliary_train" if split == "train" else "test")
-    return from_parquet("mmlu", [name], ["question", "choices", "answer"], mmlu_row, size)
-
-
-def mmlu_row(row):
-    return multiple_choice(row["question"], row["choices"], row["answer"])
+    return from_parquet("mmlu", [name], ["question", "choices", "answer"], choice_row, size)
 
 
 def arc(subset, split, size=0):
@@ -110,29 +100,25 @@ def arc(subset, split, size=0):
     must_be("subset", subset, ("Easy", "Challenge"))
     must_be("split", split, ("train", "test"))
     columns = ["question", "choices", "answerKey"]
-    return from_parquet("arc", [PARQUET % f"ARC-{subset}/{split}"], columns, arc_row, size)
+    return from_parquet("arc", [PARQUET % f"ARC-{subset}/{split}"], columns, choice_row, size)
 
 
-def arc_row(row):
-    # One row in 25 numbers its choices 1 2 3 4; here they are A B C D by position.
-    right = row["choices"]["label"].index(row["answerKey"])
-    return multiple_choice(row["question"], row["choices"]["text"], right)
-
-
-def multiple_choice(question, choices, right):
+def choice_row(row):
     """
-    A question with lettered choices, answered by the letter alone.
+    A question of MMLU or ARC with its choices lettered, answered by the letter alone.
 
-    right: index of the right choice
-    Word for word the original nanochat's prompt: published weights were trained on it. A small
-    model binds a letter better that stands after its choice, and one without a space before it:
-    "A" is the token of the answer, " A" is another one.
+    Word for word the original nanochat's prompt: published weights were trained on it. A small model binds a letter
+    better that stands after its choice, and one without a space before it: "A" is the token of the answer, " A" another.
     """
+    if "answerKey" in row:      # ARC; one row in 25 numbers its choices 1 2 3 4: here they are A B C D by position
+        choices, right = row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
+    else:
+        choices, right = row["choices"], row["answer"]
     letters = list("ABCDEFGHIJ"[:len(choices)])
     lines = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters))
-    prompt = f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
-    return {"messages": [{"role": "user", "content": prompt},
-                         {"role": "assistant", "content": letters[right]}],
+    prompt = (f"Multiple Choice question: {row['question']}\n{lines}\n"
+              "Respond only with the letter of the correct answer.")
+    return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": letters[right]}],
             "grading": "letter", "answer": letters[right], "letters": letters}
 
 
@@ -144,20 +130,17 @@ def gsm8k(split, size=0):
 
 def gsm8k_row(row):
     """
-    "... 48/2 = <<48/2=24>>24 clips. #### 24": what stands in << >> is a call and its result.
-
-    The result is kept as the data set writes it ("4.80", where our calculator says "4.8").
+    "... 48/2 = <<48/2=24>>24 clips. #### 24": what stands in << >> is a call and its result, which is kept as the data
+    set writes it ("4.80", where our calculator says "4.8").
     """
     parts = []
     for i, piece in enumerate(re.split(r"<<(.*?)>>", row["answer"])):
         if i % 2:
             expression, _, result = piece.rpartition("=")
-            parts += [{"type": "python", "text": expression},
-                      {"type": "python_output", "text": result}]
+            parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
         elif piece:
             parts += [{"type": "text", "text": piece}]
-    return {"messages": [{"role": "user", "content": row["question"]},
-                         {"role": "assistant", "content": parts}],
+    return {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": parts}],
             "grading": "number", "answer": row["answer"].rpartition("####")[2].strip()}
 
 
@@ -170,8 +153,7 @@ def load_identity_file():
     path = base_path("task_data", "identity", "identity_conversations.jsonl")
     if not os.path.exists(path):
         raise SystemExit(f"{path}: not here; {FETCH}")
-    problem = problem_with_identity_file(path)
-    if problem:
+    if problem := problem_with_identity_file(path):
         raise SystemExit(f"{path}: damaged ({problem}); delete it and {FETCH}")
     with open(path, encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]

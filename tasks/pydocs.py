@@ -2,7 +2,7 @@
 The embedded corpus: the documentation that ships inside the reader's own Python.
 
 reads   pydoc's topics and the source files of the standard library, parsed with ast, never run
-gives   documents(), which prepare.py writes as shards; functions() and words() for questions
+gives   documents(), which prepare.py writes as shards; docstrings(), questions about them; words(), to spell
 
 About 2.5 MB of real English about one subject, there on every machine without a network.
 """
@@ -16,12 +16,11 @@ import os
 import re
 import sysconfig
 import warnings
+from collections import Counter
 
 from tasks.task import Task, in_test, must_be, shuffled
 
-# Folders without documentation: tests, installed packages, demos, character tables.
-SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "turtledemo", "encodings",
-        "lib-dynload", "__pycache__", "_bundled"}
+SKIP = {"test", "tests", "idle_test", "turtledemo", "encodings"}     # folders of tests, demos, character tables
 # Written in C, so there is no source to read; these are in every running Python anyway.
 # The best-known come first: of two methods with the same docstring the first one is kept.
 BUILTIN_TYPES = ("str", "list", "dict", "int", "float", "tuple", "set", "bytes", "bool", "range",
@@ -34,11 +33,10 @@ CALL = re.compile(r"[\w.]+\([^\n]*\)(?: *-> *[^\n]*)?(?:\n|$)\s*")
 @functools.lru_cache(None)
 def entries():
     """
-    Everything documented: a sorted list of (kind, name, title, docstring).
+    Everything documented: a list of (kind, name, title, docstring), the builtins first.
 
     kind: "builtin", "topic", "module", "class" or "function"
-    Docstrings are cleaned of their indentation; a second entry with the same one is left out,
-    or a third of the methods would say the same.
+    A second entry with the same docstring is left out, or a third of the methods would say the same.
     """
     found, seen = [], set()
     for kind, name, title, doc in [*builtin_entries(), *topic_entries(), *library_entries()]:
@@ -50,15 +48,14 @@ def entries():
 
 
 def builtin_entries():
-    """len, print, ... and the public methods of str, list, dict, ..."""
-    names = [name for name, thing in vars(builtins).items() if not name.startswith("_")
-             # not what the interactive mode or a test runner has put there
-             and getattr(thing, "__module__", None) == "builtins"]
+    """len, print, ... and str, list, dict, ... with their public methods."""
+    # the module: not what the interactive mode or a test runner has put there
+    names = sorted(name for name, thing in vars(builtins).items() if not name.startswith("_")
+                   and name not in BUILTIN_TYPES and getattr(thing, "__module__", None) == "builtins")
     for name in BUILTIN_TYPES:
         methods = vars(getattr(builtins, name))
-        names += [f"{name}.{method}" for method in methods if not method.startswith("_")]
-    rank = {name: i for i, name in enumerate(BUILTIN_TYPES)}
-    for name in sorted(names, key=lambda name: (rank.get(name.split(".")[0], -1), name)):
+        names += [name, *sorted(f"{name}.{method}" for method in methods if not method.startswith("_"))]
+    for name in names:
         thing = operator.attrgetter(name)(builtins)
         try:
             title = name + str(inspect.signature(thing))
@@ -91,13 +88,13 @@ def library_entries():
     """Modules, classes and functions of the standard library, file by file."""
     root = sysconfig.get_path("stdlib")
     for folder, folders, names in os.walk(root):
+        # what is installed lies in site-packages or dist-packages: a module's folder has no "-" in its name
         folders[:] = sorted(name for name in folders if name not in SKIP and "-" not in name)
         for name in sorted(names):
             if name.endswith(".py") and name != "topics.py":
                 path = os.path.join(folder, name)
-                module = os.path.relpath(path, root)[:-len(".py")].replace(os.sep, ".")
-                module = module.removesuffix(".__init__")
                 tree = parse(path)
+                module = os.path.relpath(path, root)[:-len(".py")].replace(os.sep, ".").removesuffix(".__init__")
                 yield "module", module, f"module {module}", ast.get_docstring(tree)
                 yield from definitions(tree, module)
 
@@ -132,11 +129,7 @@ def digest(text):
 
 
 def documents():
-    """
-    The corpus: a list of str, each a title line and a docstring, in a fixed shuffled order.
-
-    Ordered by hash, so that what a trainer reads in order is mixed, and the same every time.
-    """
+    """The corpus: a list of str, each a title line and a docstring; ordered by hash: mixed, and the same every time."""
     texts = [f"{title}\n\n{doc}" if title else doc for _, _, title, doc in entries()]
     return sorted(set(texts), key=digest)
 
@@ -156,29 +149,9 @@ def first_sentence(doc):
     return sentence if good and ">>>" not in sentence and " ." not in sentence else ""
 
 
-def functions():
-    """
-    (qualified name, first sentence of its docstring) for questions like "What does len do?".
-
-    The builtins first, then the public functions of the library. Every name stands once.
-    """
-    pairs = {}
-    for wanted in ("builtin", "function"):
-        for kind, name, _, doc in entries():
-            public = not any(part.startswith("_") for part in name.split("."))
-            error = "." not in name and name[0].isupper()        # ValueError does nothing
-            sentence = first_sentence(doc) if kind == wanted and public and not error else ""
-            if sentence:
-                pairs.setdefault(name, sentence)
-    return list(pairs.items())
-
-
 def words():
     """Lowercase English-looking words of 3 to 12 letters that occur at least 3 times, sorted."""
-    counts = {}
-    for document in documents():
-        for word in re.findall(r"\b[a-z]{3,12}\b", document):
-            counts[word] = counts.get(word, 0) + 1
+    counts = Counter(word for document in documents() for word in re.findall(r"\b[a-z]{3,12}\b", document))
     return sorted(word for word, count in counts.items() if count >= 3)
 
 
@@ -189,6 +162,14 @@ def docstrings(split, size=0):
 
 
 def load_docstrings(split):
-    rows = sorted((name, sentence) for name, sentence in functions() if in_test(name) == (split == "test"))
+    """The questions of a split: about the builtins and the public functions of the library, each name once."""
+    sentences = {}
+    for kind, name, _, doc in entries():
+        public = not any(part.startswith("_") for part in name.split("."))
+        error = "." not in name and name[0].isupper()        # ValueError does nothing
+        if kind in ("builtin", "function") and public and not error and in_test(name) == (split == "test"):
+            if sentence := first_sentence(doc):
+                sentences.setdefault(name, sentence)
+    rows = sorted(sentences.items())
     return [{"messages": [{"role": "user", "content": f"What does {rows[i][0]} do?"},
                           {"role": "assistant", "content": rows[i][1]}]} for i in shuffled(len(rows))]

@@ -14,8 +14,6 @@ from plumbing.common import base_path
 from tasks import pydocs
 from tasks.task import in_test, made, shuffled
 
-MAX_LETTERS = 12                             # of an invented word, as of the corpus's
-
 
 def word_list():
     """(name, path) of the downloaded list of words, 370,105 of them; path "": the embedded corpus has to give them."""
@@ -28,8 +26,7 @@ def words(split):
     """The words of a split in a fixed random order, lowercase ASCII letters."""
     _, path = word_list()
     if path:
-        problem = problem_with_words(path)
-        if problem:
+        if problem := problem_with_words(path):
             raise SystemExit(f"{path}: {problem}; delete it and run: python prepare.py --tasks=1")
         with open(path, encoding="ascii") as f:
             found = f.read().split()                 # its lines end with CR LF
@@ -43,9 +40,8 @@ def problem_with_words(path):
     """What is wrong with a word list, "" for nothing."""
     with open(path, "rb") as f:
         lines = f.read().splitlines()
-    if len(lines) < 1000 or not all(line.isalpha() and line.islower() for line in lines):
-        return "it is not a list of one lowercase word per line"
-    return ""
+    good = len(lines) >= 1000 and all(line.isalpha() and line.islower() for line in lines)
+    return "" if good else "it is not a list of one lowercase word per line"
 
 
 def simple_spelling(size, split, pseudo=0.0, pieces=()):
@@ -53,9 +49,9 @@ def simple_spelling(size, split, pseudo=0.0, pieces=()):
     Spell the word 'apple' -> a-p-p-l-e.
 
     size: 0 = each word of the split once
-    pseudo: share of invented words in training, glued from pieces, lowercase strings such as
-        tokenizer.letter_tokens(): they teach how each token is spelled wherever it stands, where
-        there are few words. The test has real words only.
+    pseudo: share of invented words in training, two or three of pieces (lowercase strings such as
+        tokenizer.letter_tokens()) in a row, never a word of the test, which has real words only. Where
+        there are few words, they teach how each token is spelled wherever it stands.
     """
     assert not pseudo or pieces, "invented words need pieces"
     return made(f"spelling {word_list()[0]}", spelling_row, size or len(words(split)),
@@ -74,23 +70,24 @@ def spelling_bee(size, split, varied=True):
 
 def tests(embedded, who):
     """The tests by name; see tasks.all_tests."""
-    counting = {"counts a letter": spelling_bee(100, "test", varied=False)} if embedded else \
-        {"SpellingBee": spelling_bee(256, "test")}
-    return {"spells a word": simple_spelling(200, "test"), **counting}
+    spelling = {"spells a word": simple_spelling(200, "test")}
+    if embedded:
+        return spelling | {"counts a letter": spelling_bee(100, "test", varied=False)}
+    return spelling | {"SpellingBee": spelling_bee(256, "test")}
 
 
 def spelling_row(i, split, pseudo, pieces):
     """
-    Spell the word 'apple' -> a-p-p-l-e.
+    Conversation i of simple_spelling.
 
     One wording alone: a tiny model that saw one spelled 43 of 50 unseen words, one that saw eight
-    in its short training spelled 2. An invented word is two or three pieces in a row, never a word of the test.
+    in its short training spelled 2.
     """
     rng = random.Random(f"spelling {split} {i}")         # a str seed: the same on every machine
     word = words(split)[i % len(words(split))]
     if split == "train" and rng.random() < pseudo:
-        word = "".join(rng.choices(pieces, k=rng.choice((2, 2, 3))))
-        while len(word) > MAX_LETTERS or in_test(word):
+        word = ""
+        while not word or len(word) > 12 or in_test(word):         # at most 12 letters, as in the corpus's words
             word = "".join(rng.choices(pieces, k=rng.choice((2, 2, 3))))
     answer = "-".join(word)
     return {"messages": [{"role": "user", "content": f"Spell the word '{word}'"},
@@ -99,30 +96,19 @@ def spelling_row(i, split, pseudo, pieces):
 
 
 COUNT_QUESTIONS = [          # the first is the plain one
-    "How many {letter} are in {word}?",
-    "How many {letter} are there in {word}?",
-    "How often does {letter} appear in {word}?",
-    "How many times does {letter} occur in the word {word}?",
-    "Count the letter {letter} in {word}.",
-    "Count every {letter} in the word {word}",
-    "In {word}, how many {letter} do you see?",
-    "What is the number of {letter} in {word}?",
-    "{word}: how many {letter}?",
-    "Please count how often {letter} is in {word}.",
-    "how many {letter} in {word}",
-    "Tell me how many {letter} {word} has.",
-    "If you spell {word}, how many {letter} do you write?",
+    "How many {letter} are in {word}?", "How many {letter} are there in {word}?",
+    "How often does {letter} appear in {word}?", "How many times does {letter} occur in the word {word}?",
+    "Count the letter {letter} in {word}.", "Count every {letter} in the word {word}",
+    "In {word}, how many {letter} do you see?", "What is the number of {letter} in {word}?",
+    "{word}: how many {letter}?", "Please count how often {letter} is in {word}.", "how many {letter} in {word}",
+    "Tell me how many {letter} {word} has.", "If you spell {word}, how many {letter} do you write?",
 ]
 QUOTES = ["'", "'", '"', "", "`"]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 def counting_row(i, split, varied):
-    """
-    How many 'r' are in 'strawberry'? -> counted by hand, checked with Python, then "#### 3".
-
-    varied: many wordings and quotes; False = the plain one only
-    """
+    """Conversation i of spelling_bee."""
     rng = random.Random(f"counting {split} {i}")
     word = rng.choice(words(split))
     # one question in ten is about a letter that may well not be there

@@ -22,8 +22,11 @@ import hashlib
 import importlib
 import json
 import os
+import pkgutil
 import re
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from decimal import Decimal
 
 import numpy as np
@@ -31,18 +34,17 @@ import numpy as np
 TEST_SHARE = 10         # one word in so many is kept for the test
 
 
+@dataclass(eq=False)
 class Task:
     """
     Rows turned into conversations, one at a time.
 
-    label: says what is in it, options included; caches of conversations are named after it
-    load: () -> sequence of rows, called at first use; convert: row -> conversation, None where rows
-        are conversations. Both are picklable (a function of a module or its partial); the rows never travel.
-    size: take only so many rows; 0 = all
+    load and convert are functions of a module or partials of one: a task travels to other processes, its rows never do.
     """
-
-    def __init__(self, label, load, convert=None, size=0):
-        self.label, self.load, self.convert, self.size = label, load, convert, size
+    label: str                 # says what is in it, options included; caches of conversations are named after it
+    load: Callable             # () -> sequence of rows, called at first use
+    convert: Callable = None   # row -> conversation; None where rows are conversations
+    size: int = 0              # take only so many rows; 0 = all
 
     @functools.cached_property
     def rows(self):
@@ -60,29 +62,22 @@ class Task:
         return f"{self.label} x {len(self)}"
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if key != "rows"}
+        return {key: value for key, value in vars(self).items() if key != "rows"}
 
 
-class Mixture:
+class Mixture(Task):
     """All rows of all tasks in one fixed random order; a task that is listed twice counts twice."""
 
     def __init__(self, tasks, seed=42):
-        self.tasks, self.seed = list(tasks), seed
-        self.starts = np.cumsum([0, *map(len, self.tasks)])       # rows in the tasks before task k, then in all
-        self.order = shuffled(len(self), seed)
+        starts = np.cumsum([0, *map(len, tasks)])       # rows in the tasks before task k, then in all
+        super().__init__(f"mixture {seed} of " + " + ".join(map(repr, tasks)),
+                         functools.partial(shuffled, starts[-1], seed), functools.partial(mixed_row, tasks, starts))
 
-    def __len__(self):
-        return int(self.starts[-1])
 
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"mixture: no row {i} of {len(self)}")
-        row = self.order[i]
-        k = np.searchsorted(self.starts, row, side="right") - 1
-        return self.tasks[k][int(row - self.starts[k])]
-
-    def __repr__(self):
-        return f"mixture {self.seed} of " + " + ".join(map(repr, self.tasks))
+def mixed_row(tasks, starts, row):
+    """The conversation of a mixture's row: that of the task in which the row lies."""
+    k = np.searchsorted(starts, row, side="right") - 1
+    return tasks[k][int(row - starts[k])]
 
 
 def shuffled(n, seed=42):
@@ -107,12 +102,11 @@ def all_tests(embedded, who):
     who: what the model should say of itself, dict(name, maker, facts): see identity.who_is
     """
     found = {}
-    for name in sorted(os.listdir(os.path.dirname(os.path.abspath(__file__)))):
-        if re.fullmatch(r"[a-z]\w*\.py", name):                   # no lock file of an editor
-            module = importlib.import_module(f"tasks.{name[:-3]}")
-            new = module.tests(embedded, who) if hasattr(module, "tests") else {}
-            assert not found.keys() & new.keys(), f"tasks/{name}: another file has a test of the same name"
-            found |= new
+    for _, name, _ in pkgutil.iter_modules([os.path.dirname(__file__)]):
+        module = importlib.import_module(f"tasks.{name}")
+        new = module.tests(embedded, who) if hasattr(module, "tests") else {}
+        assert not found.keys() & new.keys(), f"tasks/{name}.py: another file has a test of the same name"
+        found |= new
     return found
 
 
@@ -128,8 +122,8 @@ def made(label, row, size, **options):
     """
     assert size > 0, f"{label}: size={size}, it takes 1 or more rows"
     must_be("split", options["split"], ("train", "test"))
-    text = json.dumps(options, sort_keys=True)       # goes into the label, shortened
-    label = f"{label} {options['split']} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+    label = f"{label} {options['split']} {digest[:8]}"
     return Task(label, functools.partial(range, size), functools.partial(row, **options))
 
 

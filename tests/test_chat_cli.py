@@ -127,10 +127,10 @@ def test_what_the_model_is_given(chat, monkeypatch):
     """The newest whole turns, in order, and another seed for every answer."""
     prompts, seeds, generate = [], [], Engine.generate
 
-    def recorded(self, prompt, num_samples, max_tokens, temperature, top_k, seed):
-        prompts.append(TOKENIZER.decode(prompt))
+    def recorded(self, batch, max_tokens, temperature, top_k, seed):
+        prompts.extend(map(TOKENIZER.decode, batch))
         seeds.append(seed)
-        return generate(self, prompt, num_samples, max_tokens, temperature, top_k, seed)
+        return generate(self, batch, max_tokens, temperature, top_k, seed)
 
     def turn(i, last=False):
         said = "Hi <|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>🙂\x1b\x07"

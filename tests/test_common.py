@@ -68,8 +68,9 @@ def test_durations_are_for_people():
 
 def test_a_code_hash_sees_code_and_nothing_else(tmp_path):
     def hash_of(text):
-        (tmp_path / "x.py").write_text(text)
-        return code_hash(str(tmp_path / "x.py"))
+        path = tmp_path / f"{len(os.listdir(tmp_path))}.py"      # a new one: a file that was asked about keeps its hash
+        path.write_text(text)
+        return code_hash(str(path))
 
     old = hash_of('"""Doc."""\ndef f(x):\n    """Says what."""\n    return x + 1\n')
     assert old == hash_of('"""Other."""\n\n# a remark\ndef f(x):\n    """Says more."""\n    return x + 1  # one\n')

@@ -62,8 +62,6 @@ def write_bundle(folder, num_rows=14):
         path.parent.mkdir(parents=True, exist_ok=True)
         rng = random.Random(task.file)
         path.write_text("".join(json.dumps(invented_row(task, rng, i)) + "\n" for i in range(num_rows)))
-    for name in ("core.yaml", "eval_meta_data.csv"):
-        (folder / name).write_text("")
     (folder / core.GPT2["small"]).write_text("Task , Accuracy , Centered \ncopa , 0.6 , 0.200000 \nCORE , , 0.113891 \n")
     return folder
 
@@ -138,6 +136,17 @@ def test_a_damaged_zip_is_one_line_and_nothing_is_kept(base, server, tmp_path, d
     if "cut" in damage:
         write_zip(tmp_path)                                          # the server is right again, and so are we
         assert os.path.isdir(core.fetch_bundle()) and os.listdir(base) == ["eval_bundle"]
+
+
+def test_a_zip_that_is_damaged_inside_is_one_line(base, server, tmp_path):
+    write_zip(tmp_path)
+    path = tmp_path / "mirror" / core.BUNDLE_URL.split("://")[1]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(SystemExit) as error:
+        core.fetch_bundle()
+    assert "eval_bundle.zip: damaged" in one_line(error) and os.listdir(base) == ["eval_bundle.zip"]
 
 
 def test_a_bundle_that_is_not_there_is_one_line(base, server):
@@ -469,18 +478,18 @@ def real(tmp_path_factory):
 
 
 @needs_hub
-def test_the_table_of_tasks_is_the_real_bundles(real):
+def test_the_table_of_tasks_is_the_real_bundles():
     """core.yaml is read as far as that file uses YAML: a quoted text or a list reads the same in Python."""
+    with zipfile.ZipFile(os.path.join(HUB, core.BUNDLE_URL.split("://")[1])) as bundle:
+        tasks, meta = (bundle.read(f"eval_bundle/{name}").decode().splitlines() for name in ("core.yaml", "eval_meta_data.csv"))
     described = []
-    with open(os.path.join(real, "core.yaml"), encoding="utf-8") as f:
-        for line in f:
-            key, colon, value = line.strip().partition(": ")
-            if key == "-":
-                described.append({"continuation_delimiter": " "})
-            elif colon and described:
-                described[-1][key] = ast.literal_eval(value) if value[0] in "\"'[" else value
-    with open(os.path.join(real, "eval_meta_data.csv"), encoding="utf-8", newline="") as f:
-        baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(f)}
+    for line in tasks:
+        key, colon, value = line.strip().partition(": ")
+        if key == "-":
+            described.append({"continuation_delimiter": " "})
+        elif colon and described:
+            described[-1][key] = ast.literal_eval(value) if value[0] in "\"'[" else value
+    baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(meta)}
     assert TASKS == [CoreTask(task["label"], task["dataset_uri"], task["icl_task_type"], *task["num_fewshot"],
                               task["continuation_delimiter"], baselines[task["label"]]) for task in described]
 

@@ -53,9 +53,9 @@ def ids_of(text):
     return TOKENIZER.encode(text)
 
 
-def run(engine, prompt, **options):
+def run(engine, prompt, num_samples=1, **options):
     """generate -> (tokens of every sample, which of them were drawn)"""
-    steps = list(engine.generate(prompt, **options))
+    steps = list(engine.generate([prompt] * num_samples, **options))
     tokens = [[t for t in column if t is not None] for column in zip(*(s[0] for s in steps))]
     return tokens, [list(column) for column in zip(*(s[1] for s in steps))]
 
@@ -165,10 +165,10 @@ def test_generation_ends_where_the_context_does():
     engine = Engine(Scripted(lambda fed: ord("x"), sequence_len=10), TOKENIZER)
     assert [len(run(engine, [65] * n, max_tokens=99)[0][0]) for n in (1, 5, 9)] == [9, 5, 1]
     assert len(run(engine, [65] * 5, max_tokens=3)[0][0]) == 3
-    assert list(engine.generate([65], max_tokens=0)) == []
+    assert list(engine.generate([[65]], max_tokens=0)) == []
     for prompt in ([65] * 10, [65] * 11, []):
         with pytest.raises(ValueError, match="the model takes 1 to 9"):
-            list(engine.generate(prompt))
+            list(engine.generate([prompt]))
     # the real model asserts that nothing goes past its context
     engine = Engine(tiny_model(), TOKENIZER)
     tokens, _ = run(engine, [65] * (CONTEXT - 4), max_tokens=99, num_samples=2)
@@ -182,7 +182,7 @@ def test_a_sample_ends_and_the_others_go_on(end):
     assert run(engine, ids_of("Q"))[0] == [[ord("a"), ord("b"), SPECIAL[end]]]
     # one row is two steps ahead: it ends first and is given out as None from then on
     a, b, stop = ord("a"), ord("b"), SPECIAL[end]
-    steps = list(engine.steps([ids_of("Q"), ids_of("b")], 9, 0.0, 0, torch.Generator()))
+    steps = list(engine.generate([ids_of("Q"), ids_of("b")], 9, 0.0))
     assert [tokens for tokens, _ in steps] == [[a, stop], [b, None], [stop, None]]
     assert engine.generate_batch([ids_of("Q"), ids_of("b")]) == [ids_of("ab"), []]
 
@@ -265,7 +265,7 @@ def test_stream_never_yields_half_a_character(text):
     stream = TextStream(TOKENIZER)                             # byte by byte, the hardest case
     parts = [stream.feed(token) for token in TOKENIZER.encode(text)]
     assert "\ufffd" not in "".join(parts)
-    assert "".join(parts) + stream.finish() == text
+    assert "".join(parts) + stream.flush() == text
     assert all(len(part) <= 1 for part in parts)
 
 

@@ -70,6 +70,10 @@ def test_a_model_that_knows_nothing_needs_the_log_of_the_vocabulary(tmp_path):
     for B in (1, 3):                                     # the batch does not change the sum
         bpb = evaluate_bpb(model(), stream, token_bytes, 6, B, 32, CPU)
         assert bpb == pytest.approx(math.log2(TOKENIZER.vocab_size), rel=1e-5)
+    seen, net = [], model()
+    net.score = lambda x, y: seen.append(len(x)) or GPT.score(net, x, y)
+    evaluate_bpb(net, stream, token_bytes, 0, 4, 32, CPU)
+    assert sum(seen) == (stream.num_tokens - 1) // 32, "0 = all there is"
     x, y = stream.batch_at(0, 2, 32)
     assert evaluate_loss(model(), [(x, y)], CPU) == pytest.approx(math.log(TOKENIZER.vocab_size), rel=1e-5)
 

@@ -14,12 +14,12 @@ from tasks import pydocs
 
 
 def test_the_corpus_is_the_same_every_time():
-    code = ("from tasks.pydocs import digest, documents, functions; "
-            "print(digest(''.join(documents())), len(functions()))")
+    code = ("from tasks.pydocs import digest, docstrings, documents; "
+            "print(digest(''.join(documents())), digest(repr(list(docstrings('train')))))")
     env = dict(os.environ, PYTHONHASHSEED="1")
     out = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env).decode()
-    here = pydocs.digest("".join(pydocs.documents()))
-    assert out.split() == [here, str(len(pydocs.functions()))]
+    texts = "".join(pydocs.documents()), repr(list(pydocs.docstrings("train")))
+    assert out.split() == list(map(pydocs.digest, texts))
 
 
 def test_the_corpus_is_a_few_megabytes_without_duplicates():
@@ -79,12 +79,12 @@ def test_a_topic_inside_a_longer_topic_is_left_out(tmp_path, monkeypatch):
 
 
 def test_functions_are_answers_to_what_does_it_do():
-    pairs = pydocs.functions()
-    names = [name for name, _ in pairs]
+    rows = [row["messages"] for split in ("train", "test") for row in pydocs.docstrings(split)]
+    names = [asked["content"].removeprefix("What does ").removesuffix(" do?") for asked, _ in rows]
     assert len(names) == len(set(names)) > 1500
     assert {"len", "str.split", "list.append", "json.dumps", "textwrap.dedent"} <= set(names)
-    assert names.index("str.split") < names.index("json.dumps")
-    for name, sentence in pairs:
+    assert [kind for kind, *_ in pydocs.entries()[:100]] == ["builtin"] * 100, "of two names of one thing the short one is kept"
+    for name, sentence in zip(names, (answer["content"] for _, answer in rows)):
         assert sentence.endswith(".") and sentence[0].isupper() and "\n" not in sentence
         assert not any(part.startswith("_") for part in name.split("."))
 

@@ -186,13 +186,13 @@ def test_gsm8k_annotations_become_calls():
 
 
 def test_multiple_choice_rows():
-    row = downloaded.arc_row({"question": "Which?", "answerKey": "2",
-                         "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}})
+    row = downloaded.choice_row({"question": "Which?", "answerKey": "2",
+                                 "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}})
     assert question(row) == ("Multiple Choice question: Which?\n- x=A\n- y=B\n- z=C\n\n"
                              "Respond only with the letter of the correct answer."), "published weights know this text"
     assert row["messages"][1]["content"] == row["answer"] == "B"
     assert row["letters"] == ["A", "B", "C"]
-    assert downloaded.mmlu_row({"question": "?", "choices": list("wxyz"), "answer": 3})["answer"] == "D"
+    assert downloaded.choice_row({"question": "?", "choices": list("wxyz"), "answer": 3})["answer"] == "D"
 
 
 # checks

@@ -66,8 +66,9 @@ def test_the_numbers(base_dir, monkeypatch, capsys):
     assert found["texts"]["validation"]["tokens"]["ours"] == 100
     assert all(text["bytes"] == text["tokens"]["GPT-2"] for text in found["texts"].values())
     assert re.search(r"train +700 +1\.400 +1\.000 +1\.000 +1\.400 +1\.400\n", shown)
-    tok_eval(monkeypatch, "--num_chars=450")
-    assert result(base_dir)["texts"]["train"]["bytes"] == 450
+    for num_chars, num_bytes in ((450, 450), (0, 700)):                  # 0 = all
+        tok_eval(monkeypatch, f"--num_chars={num_chars}")
+        assert result(base_dir)["texts"]["train"]["bytes"] == num_bytes
 
 
 @pytest.mark.parametrize("name, why", [("broken", "there is no network"), ("hanging", "no answer within 1 seconds")])
@@ -116,7 +117,7 @@ def test_missing_shards_and_odd_text(base_dir, monkeypatch, capsys):
 
 
 def test_what_a_user_may_get_wrong(base_dir, monkeypatch):
-    wrong = {"--references=gpt5": "tiktoken has gpt2", "--num_chars=0": "above 0", "--fetch_seconds=-1": "above 0"}
+    wrong = {"--references=gpt5": "tiktoken has gpt2", "--num_chars=-1": "num_chars 0 .all", "--fetch_seconds=0": "above 0"}
     for flag, said in wrong.items():
         with pytest.raises(SystemExit, match=said):
             tok_eval(monkeypatch, flag)

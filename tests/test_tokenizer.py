@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken
 
-from tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BYTES = [bytes([i]) for i in range(256)]
@@ -140,7 +140,7 @@ def test_wrong_conversations_are_named_in_one_line(tokenizer, messages, word):
 
 def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save(tmp_path, {"max_chars": 5})
-    again = Tokenizer.load(tmp_path)
+    again = load_tokenizer(tmp_path)
     assert again.fingerprint == tokenizer.fingerprint and again.ranks == tokenizer.ranks
     assert json.loads((tmp_path / "meta.json").read_text())["max_chars"] == 5
     assert (np.load(tmp_path / "token_bytes.npy") == tokenizer.token_bytes()).all()
@@ -149,13 +149,13 @@ def test_save_and_load(tokenizer, tmp_path):
 
 def test_broken_tokenizers_end_in_one_line(tokenizer, tmp_path):
     with pytest.raises(SystemExit, match="tok_train"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
     tokenizer.save(tmp_path, {})
     whole = (tmp_path / "vocab.tiktoken").read_bytes()
     for broken in [whole[:-30], whole[:-1000], b"", b"\xff\xfe", whole.replace(b" 7\n", b" 8\n")]:
         (tmp_path / "vocab.tiktoken").write_bytes(broken)
         with pytest.raises(SystemExit) as error:
-            Tokenizer.load(tmp_path)
+            load_tokenizer(tmp_path)
         assert "broken" in str(error.value) and "\n" not in str(error.value)
 
 

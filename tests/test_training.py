@@ -144,7 +144,7 @@ def test_a_checkpoint_is_as_large_as_planned(trained):
 @pytest.mark.parametrize("argv, words", [
     (["base_train.py", *SHAPE, "--num_iterations=20", "--core_metric_every=0"], "--resume=1"),
     ([*STAGES["base"], "--resume=1", "--matrix_lr=0.5"], "matrix_lr"),
-    ([*STAGES["base"], "--device_batch_size=3", "--model_tag=x"], "2 and 4"),
+    ([*STAGES["base"], "--device_batch_size=-1", "--model_tag=x"], "device_batch_size=-1"),
     (["mid_train.py", "--source_tag=d7"], "d7: no checkpoint"),
     (["chat_sft.py", "--model_tag=a/b"], "a plain name"),
     (["chat_cli.py", "-i", "rl", "-p", "hi"], "must be one of base, mid, sft"),
