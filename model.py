@@ -37,16 +37,18 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        r = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + NORM_EPS)
-        y = (x.float() * r).to(x.dtype)
+        wide = x.float()
+        r = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + NORM_EPS)
+        y = (wide * r).to(x.dtype)
         ctx.save_for_backward(y, r)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        (y, r), g = ctx.saved_tensors, grad.float()
+        y, r = ctx.saved_tensors
+        g, wide = grad.float(), y.float()
         # dx = r (dy - y mean(dy y))
-        return torch.addcmul(g, y.float(), (g * y.float()).mean(dim=-1, keepdim=True), value=-1).mul_(r).to(y.dtype)
+        return torch.addcmul(g, wide, (g * wide).mean(dim=-1, keepdim=True), value=-1).mul_(r).to(y.dtype)
 
 
 class ReluSquared(torch.autograd.Function):
@@ -350,7 +352,7 @@ class CappedCrossEntropy(torch.autograd.Function):
 
 def compiled(model):
     """
-    What a model is trained through -> forward(idx, targets), its loss, compiled.
+    What to train a model through on a GPU -> forward(idx, targets), its loss, compiled.
 
     The trunk is compiled, and the work on one chunk of logits; the loop over the chunks stays Python: the compiler
     would unroll it and put off the products of all chunks to its end, with the memory that takes. Each new shape of
