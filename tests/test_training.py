@@ -217,7 +217,7 @@ def test_edited_code_is_said_wherever_old_weights_meet_it(trained, tmp_path):
         assert done.returncode == 0, done.stderr
         return "model.py changed since" in done.stdout + done.stderr
 
-    new = old.replace("F.relu(self.c_fc(x)).square()", "F.gelu(self.c_fc(x))")
+    new = old.replace("relu_squared(self.c_fc(x))", "F.gelu(self.c_fc(x))")
     comment = old.replace("class MLP", "# a remark\nclass MLP").replace('"""Two layers', '"""Both layers')
     assert old != new and old != comment
     assert said(new, *STAGES["base"], "--resume=1") and not said(comment, *STAGES["base"], "--resume=1")
