@@ -26,8 +26,8 @@ class KVCache:
     The keys and values of every layer for the tokens of some rows, in memory that is taken once.
 
     kv       (n_layer, 2, B, H_kv, max_len, D) in the model's compute type
-    lengths  (B,) int64, tokens that each row holds; in the computer's memory, so that nobody waits for the GPU to know.
-             What lies behind them is overwritten before it is read
+    lengths  tokens that each row holds, a list; what lies behind them is overwritten before it is read
+    used     rows that take part in a pass: the first ones
     """
 
     def __init__(self, model, B, max_len):
@@ -36,13 +36,7 @@ class KVCache:
         # zeros, as what nobody may see is still multiplied, by 0
         self.kv = torch.zeros(config.n_layer, 2, B, config.n_kv_head, max_len, config.n_embd // config.n_head,
                               dtype=model.compute_dtype, device=model.device)
-        self.lengths = torch.zeros(B, dtype=torch.int64)
-
-    def first(self, n):
-        """The first n rows as a cache; it shares the memory."""
-        part = object.__new__(KVCache)
-        part.kv, part.lengths = self.kv[:, :, :n], self.lengths[:n]
-        return part
+        self.lengths, self.used = [0] * B, B
 
     def begin(self, T):
         """
@@ -50,29 +44,31 @@ class KVCache:
 
         returns  their positions: a slice for all rows, or (B, 1)
         """
-        low, high = int(self.lengths.min()), int(self.lengths.max())
+        lengths = self.lengths[:self.used]
+        low, high = min(lengths), max(lengths)
         assert high + T <= self.kv.size(4), f"the cache holds {self.kv.size(4)} tokens, not {high + T}"
         assert low == high or T == 1, "rows of different lengths take one token at a time"
         self.end = high + T
         if low == high:
             self.at, self.mask = slice(low, self.end), causal_mask(T, self.end, self.kv.device)
             return self.at
-        self.at = self.lengths.to(self.kv.device)
+        self.at = torch.tensor(lengths, device=self.kv.device)
         self.mask = (torch.arange(self.end, device=self.kv.device) <= self.at[:, None])[:, None, None]   # (B, 1, 1, end)
         return self.at[:, None]
 
     def append(self, layer, k, v):
         """Add k, v (B, H_kv, T, D) of the new tokens -> the layer's keys and values (B, H_kv, end, D), and the mask."""
-        for kept, new in zip((self.kv[layer, 0], self.kv[layer, 1]), (k, v)):
+        keys, values = self.kv[layer, 0, :self.used, :, :self.end], self.kv[layer, 1, :self.used, :, :self.end]
+        for kept, new in ((keys, k), (values, v)):
             if isinstance(self.at, slice):
                 kept[:, :, self.at] = new
             else:
-                kept[torch.arange(len(kept), device=kept.device), :, self.at] = new[:, :, 0]
-        return self.kv[layer, 0, :, :, :self.end], self.kv[layer, 1, :, :, :self.end], self.mask
+                kept[torch.arange(self.used, device=kept.device), :, self.at] = new[:, :, 0]
+        return keys, values, self.mask
 
     def advance(self, T):
         """Count T tokens as seen; once per forward pass, when every layer has appended."""
-        self.lengths += T
+        self.lengths[:self.used] = [length + T for length in self.lengths[:self.used]]
 
     def copy(self, row, other, other_row, length):
         """Row `row` becomes the first `length` tokens of a row of another cache, or of this one."""
@@ -200,10 +196,11 @@ class Batch:
                 reply.left, last = 0, self.rows.pop()
                 if last is not reply:
                     self.rows[row] = last
-                    self.cache.copy(row, self.cache, len(self.rows), int(self.cache.lengths[len(self.rows)]))
+                    self.cache.copy(row, self.cache, len(self.rows), self.cache.lengths[len(self.rows)])
         if self.rows:
             idx = torch.tensor([[following[reply]] for reply in self.rows], device=self.model.device)
-            self.logits = self.model(idx, kv_cache=self.cache.first(len(self.rows)))[:, -1]
+            self.cache.used = len(self.rows)
+            self.logits = self.model(idx, kv_cache=self.cache)[:, -1]
         return settled
 
     def read(self):

@@ -82,7 +82,7 @@ def test_cached_logits_equal_the_full_forward(n_kv_head):
         for pieces in ([40], [1] * 40, [17, 1, 1, 9, 12]):         # at once, one by one, mixed
             cache = KVCache(model, 3, 40)
             parts = [model(x, kv_cache=cache) for x in idx.split(pieces, dim=1)]
-            assert cache.lengths.tolist() == [40] * 3
+            assert cache.lengths == [40] * 3
             torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-4, rtol=0)
 
 
