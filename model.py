@@ -39,7 +39,9 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, x):
         wide = x.float()
         r = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + NORM_EPS)
-        y = (wide * r).to(x.dtype)
+        y = wide * r
+        if x.dtype != y.dtype:              # torch 2.11, compiled, loses the gradient at a .to() that changes nothing
+            y = y.to(x.dtype)
         ctx.save_for_backward(y, r)
         return y
 
@@ -227,7 +229,7 @@ class GPT(nn.Module):
         if x.device.type == "cpu" and (y < 0).any():
             # a CPU skips the tokens nobody scores; a GPU would have to wait to learn how many there are
             x, y = x[y >= 0], y[y >= 0]
-        return CappedCrossEntropy.apply(x, self.lm_head.weight, y, chunk)
+        return capped_cross_entropy(x, self.lm_head.weight, y, chunk)
 
     @torch.no_grad()
     def score(self, idx, targets, kv_cache=None):
@@ -313,6 +315,11 @@ def score_chunk(x, w, y):
     """x (n, C), w (V, C), y (n,) -> each token's loss in nats, 0 where y is -1, and the likeliest token, (n,) both."""
     logits = capped(F.linear(x, w))
     return F.cross_entropy(logits, y, ignore_index=-1, reduction="none"), logits.argmax(dim=1)
+
+
+@torch.compiler.disable(recursive=False)       # a graph never holds the loop: see compiled(); torch 2.11 would lose gradients
+def capped_cross_entropy(x, weight, targets, chunk):
+    return CappedCrossEntropy.apply(x, weight, targets, chunk)
 
 
 class CappedCrossEntropy(torch.autograd.Function):
