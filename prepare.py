@@ -22,7 +22,7 @@ from data import VAL_SHARD, is_embedded, shard_path, write_shard
 from plumbing.budget import SHARD_BYTES, SHARD_TOKENS
 from plumbing.common import base_path
 from plumbing.configurator import configure
-from plumbing.download import HUB, download, problem_inside, problem_with_parquet
+from plumbing.download import HUB, download, keep_checksum, problem_inside, problem_with_parquet
 from tasks.downloaded import fetch
 from tasks.pydocs import documents, is_validation
 
@@ -89,7 +89,7 @@ def write_embedded():
     there = [path for path in (train, val) if os.path.exists(path)]
     good = [path for path in there if not problem_with_parquet(path) and not (verify and problem_inside(path))]
     for path in there:
-        if os.path.exists(f"{path}.sha256") or path in good and not is_embedded(path):
+        if not problem_with_parquet(path) and not is_embedded(path):
             raise SystemExit(f"{path}: a downloaded shard is here already; set NANOCHAT_BASE_DIR to another folder for "
                              "the embedded corpus")
     if len(good) == 2:
@@ -98,6 +98,8 @@ def write_embedded():
     texts = documents()
     write_shard(val, [text for text in texts if is_validation(text)])
     write_shard(train, [text for text in texts if not is_validation(text)])
+    for path in (val, train):
+        keep_checksum(path, path)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     print(f"embedded corpus: {len(texts)} documents, {megabytes:.2f} MB", flush=True)
 

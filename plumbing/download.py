@@ -58,8 +58,7 @@ def download(url, path, problem_with=None):
             before = f.tell()
             fetch_patiently(mirrored(url), f, problem_with)
             os.fsync(f.fileno())
-            with atomic_write(f"{path}.sha256", "w") as g:
-                g.write(f"{fingerprint(f.name)[1]}  {os.path.basename(path)}\n")
+            keep_checksum(f.name, path)
             os.replace(f.name, path)
             return max(os.path.getsize(path) - before, 1)
     except requests.RequestException as error:              # such as an address that is none
@@ -107,7 +106,7 @@ def locked(part):
 
 def fetch_patiently(url, f, problem_with):
     """Fill f until it is whole and right; what may pass by itself gets more tries, counted since the last progress."""
-    name, spoiled, furthest, pauses = os.path.basename(f.name)[:-len(".part")], 0, f.tell(), iter(PAUSES)
+    name, spoiled, furthest, tries = os.path.basename(f.name)[:-len(".part")], 0, f.tell(), 0
     while True:
         try:
             sha256 = fetch(url, f)
@@ -124,14 +123,14 @@ def fetch_patiently(url, f, problem_with):
             reason, asked = "the connection was cut" if cut else type(error).__name__, 0
         except Again as error:
             reason, asked = error.args
-        f.flush()
         here = f"{f.tell():,} bytes are here" if f.tell() else "nothing is here yet"
+        tries += 1
         if f.tell() >= furthest + LEAST:
-            furthest, pauses = f.tell(), iter(PAUSES)
-        if (pause := next(pauses, None)) is None:
-            raise SystemExit(f"{name}: not fetched from {url}, {len(PAUSES) + 1} tries without progress ({reason}); is "
-                             f"the network up? {here}, the same command goes on")
-        pause = max(pause, asked)
+            furthest, tries = f.tell(), 0
+        if tries > len(PAUSES):
+            raise SystemExit(f"{name}: not fetched from {url}, {tries} tries without progress ({reason}); is the network "
+                             f"up? {here}, the same command goes on")
+        pause = max(PAUSES[max(tries - 1, 0)], asked)
         print(f"{name}: {reason}; {here}, next try in {pause} s", flush=True)
         for left in range(pause, 0, -20):  # touched, so that a waiting trainer sees we are alive
             os.utime(f.name)
@@ -163,12 +162,13 @@ def fetch(url, f):
                              "NANOCHAT_MIRROR")
         if "text/html" in said.get("Content-Type", ""):
             raise SystemExit(f"{url}: a web page came instead of the file (a login page or a proxy?)")
-        # packed all the same? It is unpacked below, its lengths and ranges mean nothing to us
-        packed = (said.get("Content-Encoding") or "identity") != "identity"
+        if (packed := said.get("Content-Encoding") or "identity") != "identity":
+            raise SystemExit(f"{url}: the server packs the file ({packed}) though it is asked not to; check HF_ENDPOINT, "
+                             "NANOCHAT_MIRROR, or what is in between")
         etag = said.get("ETag", "")
         now = etag if etag and not etag.startswith("W/") else said.get("Last-Modified", "")
         span = re.fullmatch(rf"bytes {start}-[0-9]+/([0-9]+)", said.get("Content-Range", ""))
-        resumed = status == 206 and span and not packed and (not version or now in ("", version))
+        resumed = status == 206 and span and (not version or now in ("", version))
         if not resumed:                           # the server sends the whole file: start over
             if start:
                 print(f"{os.path.basename(f.name)}: {start:,} bytes thrown away, the server does not go on from there",
@@ -180,7 +180,7 @@ def fetch(url, f):
             raise Again("what was here does not fit the file there", 0)
         receive(response, f)
         length = span[1] if resumed else said.get("Content-Length", "")
-        if not packed and re.fullmatch("[0-9]+", length) and f.tell() != int(length):
+        if re.fullmatch("[0-9]{1,18}", length) and f.tell() != int(length):
             raise Again(f"cut after {f.tell()} of {length} bytes", 0)
     return stated_sha256([answer.headers for answer in (*response.history, response)])
 
@@ -197,7 +197,8 @@ def stated_sha256(answers):
 def version_of(part):
     """What the server called the file when `part` was begun (its ETag or date), "" where it called it nothing."""
     with contextlib.suppress(FileNotFoundError), open(f"{part}.etag", encoding="latin-1") as f:
-        return re.sub("[^ -~]", "", f.read())
+        text = re.fullmatch("[!-~][ -~]*", f.read())     # what may stand in a header
+        return text[0] if text else ""
     return ""
 
 
@@ -205,14 +206,16 @@ def answer_to(url, headers):
     """
     The answer to a request, read as far as its headers.
 
-    These, too, may come a byte a second, or a redirect's page without end. No time limit of requests
-    means the whole, so a thread asks, which nobody waits for longer than WINDOW.
+    These, too, may come a byte a second, or a redirect's page without end. The time limits of requests
+    are for each piece, so a thread asks, which nobody waits for longer than CONNECT + WINDOW.
     """
     answer = futures.Future()
 
     def ask():
         try:
             answer.set_result(requests.get(url, headers=headers, stream=True, timeout=(CONNECT, WINDOW)))
+        except ValueError as error:               # a redirect to what is no address; requests lets it through as it is
+            answer.set_exception(requests.exceptions.InvalidURL(error))
         except Exception as error:
             answer.set_exception(error)
 
@@ -226,13 +229,13 @@ def answer_to(url, headers):
 def receive(response, f):
     """Append the body to f as it comes, so that a cut loses nothing; Again where it hardly comes at all."""
     since, had = time.monotonic(), f.tell()
-    while block := response.raw.read1(LEAST, decode_content=True):
+    while block := response.raw.read1(LEAST, decode_content=False):
         f.write(block)
+        f.flush()
         if f.tell() >= had + LEAST:
             since, had = time.monotonic(), f.tell()
         elif time.monotonic() > since + WINDOW:
             raise Again(f"only {f.tell() - had} bytes in {WINDOW} s", 0)
-    f.flush()
 
 
 def problem_with_bytes(path, sha256):
@@ -255,11 +258,17 @@ def problem_with_parquet(path):
     return "no whole parquet file"
 
 
+def keep_checksum(file, path):
+    """Beside path, what sha256sum says of the file that is or becomes path; prepare.py --verify=1 reads it."""
+    with atomic_write(f"{path}.sha256", "w") as f:
+        f.write(f"{fingerprint(file)[1]}  {os.path.basename(path)}\n")
+
+
 def problem_inside(path):
-    """What is wrong inside a file that was fetched, "" for nothing: by the checksum it came with, else by every row."""
+    """What is wrong inside a file, "" for nothing: by the checksum kept of it, else by reading every row."""
     with contextlib.suppress(OSError, UnicodeDecodeError), open(f"{path}.sha256", encoding="ascii") as f:
         if re.fullmatch("[0-9a-f]{64}", kept := f.read(64)):
-            return "" if fingerprint(path)[1] == kept else "its sha256 is not the one it came with"
+            return "" if fingerprint(path)[1] == kept else "its sha256 is not the one kept of it"
     try:
         if path.endswith(".parquet"):
             for _ in pq.ParquetFile(path).iter_batches(1024):
