@@ -28,8 +28,7 @@ LEAST = 1 << 18                  # bytes that count as progress: 4 KB/s, a shard
 PAUSES = (1, 2, 4, 8, 16, 32)    # seconds before each further try since the last progress: about a minute in all
 LONGEST_PAUSE = 300              # seconds; a server that asks for more is tried again then
 # What may pass by itself: no connection, silence, a body cut short.
-TRANSPORT_ERRORS = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError,
-                    urllib3.exceptions.HTTPError)
+TRANSPORT_ERRORS = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError)
 
 
 class Again(Exception):

@@ -304,12 +304,13 @@ def test_a_connection_that_hardly_gives_anything_ends(folder, monkeypatch, slow)
     path, start = str(folder / "a.parquet"), time.monotonic()
     with serve(lambda h, n: slow(h) if n == 1 else send_range(h, BIG)) as (url, seen):
         download(f"{url}/a.parquet", path)                            # is tried again
-        assert content(path) == BIG and len(seen) == 2
+        assert content(path) == BIG and len(seen) >= 2
     os.remove(path)
+    monkeypatch.setattr(download_module, "PAUSES", (0,))
     with serve(lambda h, n: slow(h)) as (url, seen):
-        with pytest.raises(SystemExit, match="4 tries without progress") as error:
+        with pytest.raises(SystemExit, match="2 tries without progress") as error:
             download(f"{url}/a.parquet", path)
-    assert "\n" not in str(error.value) and len(seen) == 4 and time.monotonic() - start < 9
+    assert "\n" not in str(error.value) and len(seen) == 2 and time.monotonic() - start < 9
 
 
 def test_tries_are_counted_since_the_last_progress_and_nothing_is_lost(folder, monkeypatch, capsys):
