@@ -170,7 +170,11 @@ def text_streams(shards, tokenizer):
 
 
 def wait_for_shard(path, replaced=False):
-    """Return path when it is there, replaced: by another; SystemExit when nothing arrives in its folder any more."""
+    """
+    Return path when it is there; SystemExit when nothing arrives in its folder any more.
+
+    replaced: not the file that is_to_be_replaced, but the one that comes after it
+    """
     name, folder = os.path.basename(path), os.path.dirname(path)
     alive, said = time.time(), False
     while not os.path.exists(path) or (replaced and is_to_be_replaced(path)):

@@ -87,14 +87,17 @@ def write_embedded():
     """The documentation inside this Python in the place of the downloaded shards, unless it is there."""
     train, val = shard_path(0), shard_path(VAL_SHARD)
     there = [path for path in (train, val) if os.path.exists(path)]
-    good = [path for path in there if not problem_with_parquet(path) and not (verify and problem_inside(path))]
     for path in there:
         if not problem_with_parquet(path) and not is_embedded(path):
             raise SystemExit(f"{path}: a downloaded shard is here already; set NANOCHAT_BASE_DIR to another folder for "
                              "the embedded corpus")
-    if len(good) == 2:
+    problems = [f"{path}: {problem}" for path in there
+                if (problem := problem_with_parquet(path) or (verify and problem_inside(path)))]
+    if len(there) == 2 and not problems:
         print("the embedded corpus is there", flush=True)
         return
+    for problem in problems:
+        print(f"{problem}; making it again", flush=True)
     texts = documents()
     write_shard(val, [text for text in texts if is_validation(text)])
     write_shard(train, [text for text in texts if not is_validation(text)])
