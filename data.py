@@ -40,7 +40,7 @@ def is_embedded(path):
 
 
 def is_to_be_replaced(path):
-    """Whether the file under a shard's name is damaged or the embedded corpus: prepare.py -n puts web text in its place."""
+    """Whether the file under a shard's name is damaged or the embedded corpus, which prepare.py -n replaces."""
     return os.path.exists(path) and (problem_with_parquet(path) != "" or is_embedded(path))
 
 
@@ -184,8 +184,8 @@ def wait_for_shard(path, replaced=False):
                 with contextlib.suppress(FileNotFoundError):         # renamed in this moment
                     alive = max(alive, os.path.getmtime(os.path.join(folder, other)))
         if time.time() - alive > PATIENCE:
-            raise SystemExit(f"{path}: {state}, and nothing has arrived for {PATIENCE} s; fetch it with python prepare.py "
-                             "-n N, then resume" + ", or take what is here: --num_shards=0" * replaced)
+            raise SystemExit(f"{path}: {state}, and nothing has arrived for {PATIENCE} s; fetch it with python "
+                             "prepare.py -n N, then resume" + ", or take what is here: --num_shards=0" * replaced)
         if not said:
             print(f"waiting for {name} to be downloaded" + f" ({state})" * replaced, flush=True)
             said = True

@@ -59,7 +59,7 @@ def fetch_shards(wanted):
     os.makedirs(folder, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < need:
         raise SystemExit(f"{folder}: {len(missing)} shards to fetch and the tokens of {len(untokenized)} need about "
-                         f"{need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; fetch fewer (-n) or set NANOCHAT_BASE_DIR")
+                         f"{need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; fetch fewer (-n), set NANOCHAT_BASE_DIR")
     print(f"{len(wanted) - len(missing)} of {len(wanted)} shards are there", flush=True)
     problems, left = [], len(missing)
     pool = ThreadPoolExecutor(num_threads)        # no "with": Ctrl-C would wait for all files

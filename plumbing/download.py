@@ -23,7 +23,7 @@ import urllib3
 from plumbing.common import HF_ENDPOINT, MIRROR, atomic_write, fingerprint
 
 HUB = "https://huggingface.co"
-CONNECT, WINDOW = 10, 60         # seconds to connect; seconds in which an answer begins, and in which LEAST bytes of it come
+CONNECT, WINDOW = 10, 60         # seconds to connect; seconds in which an answer begins, or LEAST bytes of it come
 LEAST = 1 << 18                  # bytes that count as progress: 4 KB/s, a shard in 6 hours
 PAUSES = (1, 2, 4, 8, 16, 32)    # seconds before each further try since the last progress: about a minute in all
 LONGEST_PAUSE = 300              # seconds; a server that asks for more is tried again then
@@ -127,8 +127,8 @@ def fetch_patiently(url, f, problem_with):
         if f.tell() >= furthest + LEAST:
             furthest, tries = f.tell(), 0
         if tries > len(PAUSES):
-            raise SystemExit(f"{name}: not fetched from {url}, {tries} tries without progress ({reason}); is the network "
-                             f"up? {here}, the same command goes on")
+            raise SystemExit(f"{name}: not fetched from {url}, {tries} tries without progress ({reason}); is the "
+                             f"network up? {here}, the same command goes on")
         pause = max(PAUSES[max(tries - 1, 0)], asked)
         print(f"{name}: {reason}; {here}, next try in {pause} s", flush=True)
         for left in range(pause, 0, -20):  # touched, so that a waiting trainer sees we are alive
@@ -162,8 +162,8 @@ def fetch(url, f):
         if "text/html" in said.get("Content-Type", ""):
             raise SystemExit(f"{url}: a web page came instead of the file (a login page or a proxy?)")
         if (packed := said.get("Content-Encoding") or "identity") != "identity":
-            raise SystemExit(f"{url}: the server packs the file ({packed}) though it is asked not to; check HF_ENDPOINT, "
-                             "NANOCHAT_MIRROR, or what is in between")
+            raise SystemExit(f"{url}: the server packs the file ({packed}) though it is asked not to; check "
+                             "HF_ENDPOINT, NANOCHAT_MIRROR, or what is in between")
         etag = said.get("ETag", "")
         now = etag if etag and not etag.startswith("W/") else said.get("Last-Modified", "")
         span = re.fullmatch(rf"bytes {start}-[0-9]+/([0-9]+)", said.get("Content-Range", ""))
@@ -185,7 +185,7 @@ def fetch(url, f):
 
 
 def stated_sha256(answers):
-    """The file's sha256 by the hub's headers, on its redirect to the storage or on the file's own answer; "" for none."""
+    """The file's sha256 by the hub's headers, on its redirect to the storage or with the file; "" for none."""
     for said in answers:                          # another server's ETag may be 64 hex digits of anything
         etag = said.get("X-Linked-Etag") or (said.get("ETag", "") if "X-Repo-Commit" in said else "")
         if sha256 := re.fullmatch('(?:W/)?"?([0-9a-f]{64})"?', etag):
