@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from plumbing.background import start_background
 from plumbing.common import RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash
+from plumbing.download import problem_with_parquet
 
 VAL_SHARD = 1822       # the last one of the set, never trained on
 GROUP = 1024           # documents in a row group, the unit in which shards are read
@@ -34,8 +35,13 @@ def shard_path(i):
 
 
 def is_embedded(path):
-    """Whether write_shard made this file; the name does not tell it from a downloaded shard."""
-    return b"nanochat" in (pq.read_schema(path).metadata or {})
+    """Whether write_shard made this file; the name does not tell it from a downloaded shard. A damaged one: False."""
+    return not problem_with_parquet(path) and b"nanochat" in (pq.read_schema(path).metadata or {})
+
+
+def is_to_be_replaced(path):
+    """Whether the file under a shard's name is damaged or the embedded corpus, which prepare.py -n replaces."""
+    return os.path.exists(path) and (problem_with_parquet(path) != "" or is_embedded(path))
 
 
 def write_shard(path, texts):
@@ -50,11 +56,15 @@ def train_shards(num_shards):
     """
     The names of the training shards in base_data/, in order; the checkpoint's meta keeps the list.
 
-    num_shards: shards 0 .. num_shards-1, on disk already or still to come; 0 = all on disk now
+    num_shards: shards 0 .. num_shards-1 of web text, on disk already or still to come; waits for prepare.py to replace
+        what only has their names. 0 = all on disk now, the embedded corpus too
     """
     if num_shards > VAL_SHARD:
         raise SystemExit(f"num_shards={num_shards}: the set has {VAL_SHARD} training shards")
     if num_shards > 0:
+        for path in map(shard_path, (VAL_SHARD, *range(num_shards))):
+            if is_to_be_replaced(path):
+                wait_for_shard(path, replaced=True)
         return [os.path.basename(shard_path(i)) for i in range(num_shards)]
     folder = base_path("base_data")
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
@@ -159,20 +169,25 @@ def text_streams(shards, tokenizer):
             TokenStream([token_path(val, tokenizer)], making))
 
 
-def wait_for_shard(path):
-    """Return path when it is there; SystemExit when nothing arrives in its folder any more."""
+def wait_for_shard(path, replaced=False):
+    """
+    Return path when it is there; SystemExit when nothing arrives in its folder any more.
+
+    replaced: not the file that is_to_be_replaced, but the one that comes after it
+    """
     name, folder = os.path.basename(path), os.path.dirname(path)
     alive, said = time.time(), False
-    while not os.path.exists(path):
+    while not os.path.exists(path) or (replaced and is_to_be_replaced(path)):
+        state = "the embedded corpus or a damaged file" if replaced else "not here"
         for other in os.listdir(folder) if os.path.isdir(folder) else []:
             if other.endswith((".part", ".parquet")):
                 with contextlib.suppress(FileNotFoundError):         # renamed in this moment
                     alive = max(alive, os.path.getmtime(os.path.join(folder, other)))
         if time.time() - alive > PATIENCE:
-            raise SystemExit(f"{path}: not here, and nothing has arrived for {PATIENCE} s; "
-                             "fetch it with python prepare.py, then resume")
+            raise SystemExit(f"{path}: {state}, and nothing has arrived for {PATIENCE} s; fetch it with python "
+                             "prepare.py -n N, then resume" + ", or take what is here: --num_shards=0" * replaced)
         if not said:
-            print(f"waiting for {name} to be downloaded", flush=True)
+            print(f"waiting for {name} to be downloaded" + f" ({state})" * replaced, flush=True)
             said = True
         time.sleep(0.5)
     return path

@@ -6,8 +6,10 @@ writes  base_data/shard_NNNNN.parquet, task_data/
 run     python prepare.py -n 8               the first 8 training shards and the validation shard
         python prepare.py --tasks=1          conversations and questions
         python prepare.py --embedded=1       no network
+        python prepare.py --verify=1         reads what is here, and fetches again what is broken
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
+import glob
 import os
 import shutil
 import sys
@@ -17,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import pyarrow.parquet as pq
 
 from data import VAL_SHARD, is_embedded, shard_path, write_shard
-from plumbing.budget import SHARD_BYTES
+from plumbing.budget import SHARD_BYTES, SHARD_TOKENS
 from plumbing.common import base_path
 from plumbing.configurator import configure
-from plumbing.download import HUB, download, problem_with_parquet
+from plumbing.download import HUB, download, keep_checksum, problem_inside, problem_with_parquet
 from tasks.downloaded import fetch
 from tasks.pydocs import documents, is_validation
 
@@ -28,10 +30,11 @@ num_shards = 0         # -n: training shards to fetch, from 00000 on (95 MB, 52M
 num_threads = 4        # files fetched at the same time
 embedded = False       # 1 = write the embedded corpus as the shards instead of downloading any
 tasks = False          # 1 = fetch what the tasks need (conversations, questions, words), and shards only as -n says
+verify = False         # 1 = read every file to its end, by its checksum where one was kept; alone: those that are here
 config = configure(globals())
 
-if num_shards < 0 or num_threads < 1:
-    raise SystemExit(f"num_shards={num_shards}, num_threads={num_threads}: must be 0 or more, and 1 or more")
+if not 0 <= num_shards <= VAL_SHARD or num_threads < 1:
+    raise SystemExit(f"num_shards={num_shards}, num_threads={num_threads}: must be 0 to {VAL_SHARD}, and 1 or more")
 SHARD_URL = f"{HUB}/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main/shard_%05d.parquet"
 
 
@@ -42,23 +45,21 @@ def problem_with_shard(path):
     schema = pq.read_schema(path)
     if "text" not in schema.names:
         return f"it has no column 'text' (but {', '.join(schema.names)})"
-    return "it is the embedded corpus" if is_embedded(path) else ""
+    return "it is the embedded corpus" if is_embedded(path) else problem_inside(path) if verify else ""
 
 
-def fetch_shards(num_shards, num_threads):
-    """The validation shard and training shards 0 .. num_shards-1; SystemExit if one is missing."""
-    if num_shards > VAL_SHARD:
-        raise SystemExit(f"num_shards={num_shards}: the set has {VAL_SHARD} training shards")
-    wanted = [VAL_SHARD, *range(num_shards)]      # validation first: the first evaluation needs it
+def fetch_shards(wanted):
+    """The shards of these numbers; SystemExit if one is missing."""
     for path in map(shard_path, wanted):          # somebody's own text is never replaced
         if os.path.exists(path) and not problem_with_parquet(path) and "text" not in pq.read_schema(path).names:
             raise SystemExit(f"{path}: {problem_with_shard(path)}; name its column of texts so, or move the file away")
     missing = [i for i in wanted if not os.path.exists(shard_path(i)) or problem_with_shard(shard_path(i))]
-    folder, need = base_path("base_data"), len(missing) * SHARD_BYTES
+    untokenized = [i for i in wanted if i in missing or not glob.glob(f"{shard_path(i)[:-len('.parquet')]}.*.bin")]
+    folder, need = base_path("base_data"), len(missing) * SHARD_BYTES + len(untokenized) * 2 * SHARD_TOKENS
     os.makedirs(folder, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < need:
-        raise SystemExit(f"{folder}: {len(missing)} shards need about {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
-                         "free; fetch fewer (-n) or set NANOCHAT_BASE_DIR")
+        raise SystemExit(f"{folder}: {len(missing)} shards to fetch and the tokens of {len(untokenized)} need about "
+                         f"{need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; fetch fewer (-n), set NANOCHAT_BASE_DIR")
     print(f"{len(wanted) - len(missing)} of {len(wanted)} shards are there", flush=True)
     problems, left = [], len(missing)
     pool = ThreadPoolExecutor(num_threads)        # no "with": Ctrl-C would wait for all files
@@ -87,26 +88,35 @@ def write_embedded():
     train, val = shard_path(0), shard_path(VAL_SHARD)
     there = [path for path in (train, val) if os.path.exists(path)]
     for path in there:
-        if not is_embedded(path):
+        if not problem_with_parquet(path) and not is_embedded(path):
             raise SystemExit(f"{path}: a downloaded shard is here already; set NANOCHAT_BASE_DIR to another folder for "
                              "the embedded corpus")
-    if len(there) == 2:
+    problems = [f"{path}: {problem}" for path in there
+                if (problem := problem_with_parquet(path) or (verify and problem_inside(path)))]
+    if len(there) == 2 and not problems:
         print("the embedded corpus is there", flush=True)
         return
+    for problem in problems:
+        print(f"{problem}; making it again", flush=True)
     texts = documents()
     write_shard(val, [text for text in texts if is_validation(text)])
     write_shard(train, [text for text in texts if not is_validation(text)])
+    for path in (val, train):
+        keep_checksum(path, path)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     print(f"embedded corpus: {len(texts)} documents, {megabytes:.2f} MB", flush=True)
 
 
 try:
-    if embedded:
+    here = [i for i in (VAL_SHARD, *range(VAL_SHARD)) if os.path.exists(shard_path(i))]
+    if embedded or (verify and not num_shards and any(is_embedded(shard_path(i)) for i in here)):
         write_embedded()
-    elif num_shards or not tasks:
-        fetch_shards(num_shards or 8, num_threads)
-    if tasks:
-        fetch()
+    elif num_shards or not (tasks or verify):
+        fetch_shards([VAL_SHARD, *range(num_shards or 8)])     # validation first: the first evaluation needs it
+    elif verify:
+        fetch_shards(here)
+    if tasks or verify:
+        fetch(verify, missing=tasks)
 except KeyboardInterrupt:
     print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
     os._exit(130)                             # a normal exit would wait for the threads

@@ -5,12 +5,13 @@ Fewer tokens for the same text is less work per sentence and more text in the co
 prose pays with code, numbers and other scripts.
 
 reads   tokenizer/, base_data/ (the first training shard, the validation shard)
-writes  tokenizer/eval.json
+writes  tokenizer/eval.json; references/, the other vocabularies, or that they can't be had: nobody is asked twice
 run     python tok_eval.py
         python tok_eval.py --references=             ours alone, nothing is fetched
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import os
+import shlex
 import sys
 import textwrap
 import threading
@@ -121,11 +122,23 @@ the effect was not found in every species or every year.
 }
 
 
+def kept_path(name):
+    """Where the vocabulary of that name is kept, or {"missing": why}: the network is asked once."""
+    return base_path("references", f"{name}.json")
+
+
 def load_reference(name):
     """Put tiktoken's encoding of that name into `found`, or a text that says why it is missing."""
     try:
-        # not tiktoken.get_encoding: its lock would let one that hangs hold up all others
-        found[name] = tiktoken.Encoding(**openai_public.ENCODING_CONSTRUCTORS[name]())
+        if kept := read_results(kept_path(name)):
+            ranks = {token.encode("latin-1"): rank for token, rank in kept.get("mergeable_ranks", {}).items()}
+        else:
+            # not tiktoken.get_encoding: its lock would let one that hangs hold up all others
+            kept = openai_public.ENCODING_CONSTRUCTORS[name]()
+            ranks = kept["mergeable_ranks"]
+            text = {token.decode("latin-1"): rank for token, rank in ranks.items()}      # JSON knows no bytes
+            write_results(kept_path(name), kept | dict(mergeable_ranks=text))
+        found[name] = kept.get("missing") or tiktoken.Encoding(**kept | dict(mergeable_ranks=ranks))
     except Exception as error:             # whatever the network or a broken cache may come up with
         found[name] = f"{type(error).__name__}: {error}".partition("(")[0].rstrip(": ")    # without the whole chain
 
@@ -140,7 +153,8 @@ tokenizer = load_tokenizer()
 path = base_path("tokenizer", "eval.json")
 settings = dict(references=wanted, num_chars=num_chars)
 if resume and (old := read_results(path, fingerprint=tokenizer.fingerprint, settings=settings)):
-    again = f" (without {', '.join(old['missing'])}; python tok_eval.py tries again)" if old["missing"] else ""
+    again = f" (without {', '.join(old['missing'])}; to ask again: rm its file in {base_path('references')}; " \
+            "python tok_eval.py)" if old["missing"] else ""
     print(f"tok_eval: finished already, see {path}{again}")
     raise SystemExit(0)
 
@@ -182,8 +196,11 @@ for label, text in texts.items():
     counts = text["tokens"]
     numbers = [text["bytes"] / n for n in counts.values()] + [counts[title] / counts["ours"] for title in theirs]
     print(f"{label:12}{text['bytes']:>10,}" + "".join(f"{number:12.3f}" for number in numbers))
-for title, why in missing.items():
-    print(f"{title}: not compared, tiktoken has not got its vocabulary here ({textwrap.shorten(why, 80)})")
+for name in wanted:
+    if why := missing.get(title := TITLES.get(name, name)):
+        write_results(kept_path(name), dict(missing=why))
+        print(f"{title}: not compared, tiktoken has not got its vocabulary here ({textwrap.shorten(why, 80)}); "
+              f"to ask again: rm {shlex.quote(kept_path(name))}; python tok_eval.py")
 write_results(path, dict(fingerprint=tokenizer.fingerprint, settings=settings, vocab_sizes=vocab_sizes, texts=texts,
                          missing=missing))
 print(f"tok_eval: written to {path}")

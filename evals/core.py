@@ -15,6 +15,7 @@ evaluation compares with its numbers. Three differences: it draws from the rows 
 leaves the prompts as they are; it takes the first of equal choices, here see metrics.choose; it reads more than the
 model's context, here make_item cuts.
 """
+import contextlib
 import csv
 import json
 import os
@@ -33,7 +34,7 @@ from engine import KVCache, causal_mask
 from evals.metrics import centered, choose, ticket_of
 from plumbing.common import RANK, WORLD_SIZE, base_path
 from plumbing.download import download, locked
-from plumbing.machine import barrier, in_halves, sum_over_ranks
+from plumbing.machine import in_halves, sum_over_ranks
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 REMEDY = f"remove {base_path('eval_bundle')} to fetch the bundle anew"
@@ -95,8 +96,11 @@ def fetch_bundle():
             if not os.path.isdir(folder):
                 download(BUNDLE_URL, archive, lambda path: "" if zipfile.is_zipfile(path) else "no whole zip file")
                 unpack(archive, folder)
-                os.remove(archive)
-    barrier()
+                for name in (archive, f"{archive}.sha256"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(name)
+    while not os.path.isdir(folder):                         # no barrier: it would end the run after some minutes
+        time.sleep(0.2)
     return folder
 
 

@@ -2,7 +2,8 @@
 One file from the network: resumed, verified, and under its final name only when it is whole.
 
 in    an address, a path, and a function that looks at what has arrived
-out   the file; <path>.part while it is on its way
+out   the file, and its checksum in <path>.sha256 (sha256sum -c reads it);
+      <path>.part while it is on its way, and in <path>.part.etag which version of the file that is
 
 HF_ENDPOINT stands in for https://huggingface.co, NANOCHAT_MIRROR for every other host.
 """
@@ -10,19 +11,24 @@ import contextlib
 import fcntl
 import os
 import re
+import threading
 import time
+from concurrent import futures
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import requests
+import urllib3
 
-from plumbing.common import HF_ENDPOINT, MIRROR, fingerprint
+from plumbing.common import HF_ENDPOINT, MIRROR, atomic_write, fingerprint
 
 HUB = "https://huggingface.co"
-TIMEOUT = (10, 60)               # seconds to connect, seconds without a byte
-PAUSES = (1, 2, 4, 8, 16, 32)    # seconds before each further try: about a minute in all
+CONNECT, WINDOW = 10, 60         # seconds to connect; seconds in which an answer begins, or LEAST bytes of it come
+LEAST = 1 << 18                  # bytes that count as progress: 4 KB/s, a shard in 6 hours
+PAUSES = (1, 2, 4, 8, 16, 32)    # seconds before each further try since the last progress: about a minute in all
+LONGEST_PAUSE = 300              # seconds; a server that asks for more is tried again then
 # What may pass by itself: no connection, silence, a body cut short.
-TRANSPORT_ERRORS = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+TRANSPORT_ERRORS = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError)
 
 
 class Again(Exception):
@@ -51,6 +57,7 @@ def download(url, path, problem_with=None):
             before = f.tell()
             fetch_patiently(mirrored(url), f, problem_with)
             os.fsync(f.fileno())
+            keep_checksum(f.name, path)
             os.replace(f.name, path)
             return max(os.path.getsize(path) - before, 1)
     except requests.RequestException as error:              # such as an address that is none
@@ -90,14 +97,16 @@ def locked(part):
         try:
             yield f
         finally:
-            if os.path.exists(part) and os.path.getsize(part) == 0:
-                os.remove(part)            # nothing came
+            if not os.path.exists(part) or os.path.getsize(part) == 0:       # it has its final name, or nothing came
+                for name in (part, f"{part}.etag"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(name)
 
 
 def fetch_patiently(url, f, problem_with):
-    """Fill f until it is whole and right; what may pass by itself gets more tries."""
-    name, spoiled = os.path.basename(f.name)[:-len(".part")], 0
-    for pause in (*PAUSES, None):
+    """Fill f until it is whole and right; what may pass by itself gets more tries, counted since the last progress."""
+    name, spoiled, furthest, tries = os.path.basename(f.name)[:-len(".part")], 0, f.tell(), 0
+    while True:
         try:
             sha256 = fetch(url, f)
             if not (problem := problem_with_bytes(f.name, sha256) or problem_with(f.name)):
@@ -109,14 +118,19 @@ def fetch_patiently(url, f, problem_with):
                                  "HF_ENDPOINT and NANOCHAT_MIRROR")
             raise Again(problem, 0)
         except TRANSPORT_ERRORS as error:
-            reason, asked = type(error).__name__, 0
+            cut = isinstance(error, urllib3.exceptions.ProtocolError)
+            reason, asked = "the connection was cut" if cut else type(error).__name__, 0
         except Again as error:
             reason, asked = error.args
-        if pause is None:
-            raise SystemExit(f"{name}: not fetched from {url} after {len(PAUSES) + 1} tries "
-                             f"({reason}); is the network up? The same command goes on from here")
-        pause = max(pause, asked)
-        print(f"{name}: {reason}; next try in {pause} s", flush=True)
+        here = f"{f.tell():,} bytes are here" if f.tell() else "nothing is here yet"
+        tries += 1
+        if f.tell() >= furthest + LEAST:
+            furthest, tries = f.tell(), 0
+        if tries > len(PAUSES):
+            raise SystemExit(f"{name}: not fetched from {url}, {tries} tries without progress ({reason}); is the "
+                             f"network up? {here}, the same command goes on")
+        pause = max(PAUSES[max(tries - 1, 0)], asked)
+        print(f"{name}: {reason}; {here}, next try in {pause} s", flush=True)
         for left in range(pause, 0, -20):  # touched, so that a waiting trainer sees we are alive
             os.utime(f.name)
             time.sleep(min(left, 20))
@@ -129,35 +143,98 @@ def fetch(url, f):
     returns the file's sha256 as the hub states it (64 hex), or ""
     raises Again or TRANSPORT_ERRORS: worth another try; SystemExit: not
     """
-    start = f.tell()
+    start, version = f.tell(), version_of(f.name)
     headers = {"Accept-Encoding": "identity"}     # not packed, so that the lengths mean the file
     if start:
         headers["Range"] = f"bytes={start}-"
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if version:
+            headers["If-Range"] = version         # where the file is another one by now, all of it comes
+    with answer_to(url, headers) as response:
         status, said = response.status_code, response.headers
         if status in (408, 429) or status >= 500:
             asked = said.get("Retry-After", "")
-            raise Again(f"status {status}", int(asked) if asked.isdigit() else 0)
+            asked = int(asked[:9]) if re.fullmatch("[0-9]+", asked) else 0
+            more = f", asks to wait {asked} s, which is too long" if asked > LONGEST_PAUSE else ""
+            raise Again(f"status {status}{more}", min(asked, LONGEST_PAUSE))
         if status not in (200, 206, 416):
             raise SystemExit(f"{url}: status {status} {response.reason}; check the address, HF_ENDPOINT and "
                              "NANOCHAT_MIRROR")
         if "text/html" in said.get("Content-Type", ""):
             raise SystemExit(f"{url}: a web page came instead of the file (a login page or a proxy?)")
-        resumed = said.get("Content-Range", "").startswith(f"bytes {start}-")
-        if not (start and status == 206 and resumed):
-            start = 0                             # the server sends the whole file: start over
+        if (packed := said.get("Content-Encoding") or "identity") != "identity":
+            raise SystemExit(f"{url}: the server packs the file ({packed}) though it is asked not to; check "
+                             "HF_ENDPOINT, NANOCHAT_MIRROR, or what is in between")
+        etag = said.get("ETag", "")
+        now = etag if etag and not etag.startswith("W/") else said.get("Last-Modified", "")
+        span = re.fullmatch(rf"bytes {start}-[0-9]+/([0-9]+)", said.get("Content-Range", ""))
+        resumed = status == 206 and span and (not version or now in ("", version))
+        if not resumed:                           # the server sends the whole file: start over
+            if start:
+                print(f"{os.path.basename(f.name)}: {start:,} bytes thrown away, the server does not go on from there",
+                      flush=True)
             f.truncate(f.seek(0))
+            with open(f"{f.name}.etag", "w", encoding="latin-1") as g:
+                g.write(now)
         if status == 416 or (status == 206 and not resumed):
             raise Again("what was here does not fit the file there", 0)
-        for chunk in response.iter_content(1 << 18):
-            f.write(chunk)
+        receive(response, f)
+        length = span[1] if resumed else said.get("Content-Length", "")
+        if re.fullmatch("[0-9]{1,18}", length) and f.tell() != int(length):
+            raise Again(f"cut after {f.tell()} of {length} bytes", 0)
+    return stated_sha256([answer.headers for answer in (*response.history, response)])
+
+
+def stated_sha256(answers):
+    """The file's sha256 by the hub's headers, on its redirect to the storage or with the file; "" for none."""
+    for said in answers:                          # another server's ETag may be 64 hex digits of anything
+        etag = said.get("X-Linked-Etag") or (said.get("ETag", "") if "X-Repo-Commit" in said else "")
+        if sha256 := re.fullmatch('(?:W/)?"?([0-9a-f]{64})"?', etag):
+            return sha256[1]
+    return ""
+
+
+def version_of(part):
+    """What the server called the file when `part` was begun (its ETag or date), "" where it called it nothing."""
+    with contextlib.suppress(FileNotFoundError), open(f"{part}.etag", encoding="latin-1") as f:
+        text = re.fullmatch("[!-~][ -~]*", f.read())     # what may stand in a header
+        return text[0] if text else ""
+    return ""
+
+
+def answer_to(url, headers):
+    """
+    The answer to a request, read as far as its headers.
+
+    These, too, may come a byte a second, or a redirect's page without end. The time limits of requests
+    are for each piece, so a thread asks, which nobody waits for longer than CONNECT + WINDOW.
+    """
+    answer = futures.Future()
+
+    def ask():
+        try:
+            answer.set_result(requests.get(url, headers=headers, stream=True, timeout=(CONNECT, WINDOW)))
+        except ValueError as error:               # a redirect to what is no address; requests lets it through as it is
+            answer.set_exception(requests.exceptions.InvalidURL(error))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(CONNECT + WINDOW)
+    except futures.TimeoutError:
+        raise Again(f"no whole answer within {CONNECT + WINDOW} s", 0) from None
+
+
+def receive(response, f):
+    """Append the body to f as it comes, so that a cut loses nothing; Again where it hardly comes at all."""
+    since, had = time.monotonic(), f.tell()
+    while block := response.raw.read1(LEAST, decode_content=False):
+        f.write(block)
         f.flush()
-        length = said.get("Content-Length", "")
-        if length.isdigit() and f.tell() != start + int(length):
-            raise Again(f"cut after {f.tell()} of {start + int(length)} bytes", 0)
-        # the hub says it on its redirect to the storage, a mirror on the answer itself
-        etags = [answer.headers.get("X-Linked-Etag", "").strip('"') for answer in (*response.history, response)]
-    return next((etag for etag in etags if re.fullmatch("[0-9a-f]{64}", etag)), "")
+        if f.tell() >= had + LEAST:
+            since, had = time.monotonic(), f.tell()
+        elif time.monotonic() > since + WINDOW:
+            raise Again(f"only {f.tell() - had} bytes in {WINDOW} s", 0)
 
 
 def problem_with_bytes(path, sha256):
@@ -174,7 +251,27 @@ def problem_with_bytes(path, sha256):
 def problem_with_parquet(path):
     """What is wrong with a parquet file as far as its two ends tell, "" for nothing."""
     with contextlib.suppress(pa.ArrowException, OSError), open(path, "rb") as f:
-        pq.read_metadata(path)                    # the index, at the end of the file
+        pq.read_schema(path)                      # in the index, at the end of the file
         if f.read(4) == b"PAR1":                  # a resumed part of another file does not begin so
             return ""
     return "no whole parquet file"
+
+
+def keep_checksum(file, path):
+    """Beside path, what sha256sum says of the file that is or becomes path; prepare.py --verify=1 reads it."""
+    with atomic_write(f"{path}.sha256", "w") as f:
+        f.write(f"{fingerprint(file)[1]}  {os.path.basename(path)}\n")
+
+
+def problem_inside(path):
+    """What is wrong inside a file, "" for nothing: by the checksum kept of it, else by reading every row."""
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(f"{path}.sha256", encoding="ascii") as f:
+        if re.fullmatch("[0-9a-f]{64}", kept := f.read(64)):
+            return "" if fingerprint(path)[1] == kept else "its sha256 is not the one kept of it"
+    try:
+        if path.endswith(".parquet"):
+            for _ in pq.ParquetFile(path).iter_batches(1024):
+                pass
+    except (pa.ArrowException, OSError) as error:
+        return f"damaged ({(str(error) or type(error).__name__).splitlines()[0]})"
+    return ""

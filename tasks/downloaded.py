@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from plumbing.common import base_path
-from plumbing.download import HUB, download
+from plumbing.download import HUB, download, problem_inside, problem_with_parquet
 from tasks import spelling
 from tasks.task import Task, must_be, shuffled
 
@@ -186,10 +186,17 @@ PROBLEM_WITH = {"words_alpha.txt": spelling.problem_with_words,
                 "identity_conversations.jsonl": problem_with_identity_file}
 
 
-def fetch():
-    """Download into task_data/ what the tasks need."""
+def fetch(verify=False, missing=True):
+    """
+    Download into task_data/ what the tasks need.
+
+    verify: read what is there already to its end; missing: fetch also what is not there
+    """
     for task, (url, files) in SOURCES.items():
         for name in files:
-            num_bytes = download(url + name, base_path("task_data", task, name), PROBLEM_WITH.get(name))
-            state = f"{num_bytes / 1e6:.1f} MB" if num_bytes else "there"
-            print(f"task_data/{task}/{name}   {state}", flush=True)
+            path, problem_with = base_path("task_data", task, name), PROBLEM_WITH.get(name, problem_with_parquet)
+            if missing or os.path.exists(path):
+                look = (lambda path: problem_with(path) or problem_inside(path)) if verify else problem_with
+                num_bytes = download(url + name, path, look)
+                state = f"{num_bytes / 1e6:.1f} MB" if num_bytes else "there"
+                print(f"task_data/{task}/{name}   {state}", flush=True)

@@ -1,9 +1,11 @@
 """Laws of downloading, token files and batches. Servers run in threads on 127.0.0.1."""
 import contextlib
+import gzip
 import hashlib
 import http.server
 import io
 import os
+import random
 import shutil
 import signal
 import socket
@@ -23,8 +25,8 @@ from data import TokenStream, pad_batch, write_token_file
 from plumbing import background, common
 from plumbing import download as download_module
 from plumbing.background import start_background
-from plumbing.download import download
-from tasks import downloaded
+from plumbing.download import HUB, download
+from tasks import downloaded, pydocs
 from tokenizer import Tokenizer
 
 BYTES = Tokenizer([bytes([i]) for i in range(256)])
@@ -115,8 +117,8 @@ def test_a_cut_download_is_resumed_where_it_stopped(folder):
     with serve(answer) as (url, seen):
         assert download(f"{url}/a.parquet", str(folder / "a.parquet")) > 0
     assert content(folder / "a.parquet") == BIG
-    assert seen[1][1] and int(seen[1][1][6:-1]) > 0
-    assert sorted(os.listdir(folder)) == ["a.parquet", "base_data"]
+    assert seen[1][1] == f"bytes={len(BIG) // 2}-"                # nothing of what had come is lost
+    assert sorted(os.listdir(folder)) == ["a.parquet", "a.parquet.sha256", "base_data"]
 
 
 def test_a_cut_without_content_length_is_seen_by_the_footer(folder):
@@ -255,6 +257,208 @@ def test_the_hub_and_every_other_host_can_be_replaced(monkeypatch):
     assert download_module.mirrored("http://mirror/x/a.b/c") == "http://mirror/x/a.b/c"
 
 
+# ----------------------------------------------------------------------- a server at its worst
+
+
+@pytest.mark.parametrize("asked, waited", [("999999999", 300), ("9" * 5000, 300), ("7", 7), ("\xb2", 0), ("-5", 0), ("soon", 0)],
+                         ids=["years", "5000 digits", "7", "superscript 2", "-5", "soon"])
+def test_a_time_to_wait_is_believed_up_to_five_minutes(folder, monkeypatch, capsys, asked, waited):
+    slept = []
+    monkeypatch.setattr(download_module.time, "sleep", slept.append)
+    with serve(lambda h, n: send(h, b"", 503, Retry_After=asked) if n == 1 else send(h, BIG)) as (url, _):
+        download(f"{url}/a.parquet", str(folder / "a.parquet"))
+    assert sum(seconds for seconds in slept if seconds >= 5) == waited
+    said = capsys.readouterr().out
+    assert ("asks to wait 999999999 s, which is too long" in said) == (waited == 300) and f"next try in {waited} s" in said
+
+
+def drip(handler, what):
+    """Byte after byte, 20 a second, until the other side has had enough."""
+    for k in range(600):
+        handler.wfile.write(what[k % len(what):][:1])
+        time.sleep(0.05)
+
+
+def drip_status(handler):
+    drip(handler, b"HTTP/1.0 200 " + b"O" * 999)
+
+
+def drip_redirect(handler):
+    handler.wfile.write(b"HTTP/1.0 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 9999\r\n\r\n")
+    drip(handler, b"x")
+
+
+def drip_body(handler):
+    handler.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BIG))
+    drip(handler, BIG[:600])
+
+
+def silence(handler):
+    time.sleep(2)
+
+
+@pytest.mark.parametrize("slow", [drip_status, drip_redirect, drip_body, silence])
+def test_a_connection_that_hardly_gives_anything_ends(folder, monkeypatch, slow):
+    monkeypatch.setattr(download_module, "CONNECT", 0.2)
+    monkeypatch.setattr(download_module, "WINDOW", 0.5)
+    path, start = str(folder / "a.parquet"), time.monotonic()
+    with serve(lambda h, n: slow(h) if n == 1 else send_range(h, BIG)) as (url, seen):
+        download(f"{url}/a.parquet", path)                            # is tried again
+        assert content(path) == BIG and len(seen) >= 2
+    os.remove(path)
+    monkeypatch.setattr(download_module, "PAUSES", (0,))
+    with serve(lambda h, n: slow(h)) as (url, seen):
+        with pytest.raises(SystemExit, match="2 tries without progress") as error:
+            download(f"{url}/a.parquet", path)
+    assert "\n" not in str(error.value) and len(seen) == 2 and time.monotonic() - start < 9
+
+
+def test_tries_are_counted_since_the_last_progress_and_nothing_is_lost(folder, monkeypatch, capsys):
+    path = str(folder / "a.parquet")
+
+    def crumbs(handler, n):                       # as many bytes as the test says, then it hangs up
+        begin = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
+        send(handler, BIG[begin:], 206 if begin else 200, cut=crumb,
+             Content_Range=f"bytes {begin}-{len(BIG) - 1}/{len(BIG)}")
+    crumb = 100
+    with serve(crumbs) as (url, seen):
+        with pytest.raises(SystemExit, match="4 tries without progress .*400 bytes are here, the same command goes on"):
+            download(f"{url}/a.parquet", path)
+        assert content(f"{path}.part") == BIG[:400]
+        crumb = 150_000                           # two of them are progress
+        download(f"{url}/a.parquet", path)
+    assert content(path) == BIG and len(seen) > 4 + 10 and seen[4][1] == "bytes=400-"
+    assert "400 bytes are here" in capsys.readouterr().out
+
+
+def test_a_server_that_always_cuts_at_the_same_place_does_not_keep_us(folder):
+    with serve(lambda h, n: send(h, BIG, cut=len(BIG) // 2)) as (url, seen):      # and ignores Range
+        with pytest.raises(SystemExit, match="4 tries without progress"):
+            download(f"{url}/a.parquet", str(folder / "a.parquet"))
+    assert len(seen) == 5                         # the first one was progress
+
+
+def test_a_shorter_range_than_was_asked_for_is_no_end(folder):
+    def pieces(handler, n):
+        begin = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
+        end = min(begin + 500_000, len(BIG))
+        send(handler, BIG[begin:end], 206, Content_Range=f"bytes {begin}-{end - 1}/{len(BIG)}")
+    with serve(pieces) as (url, seen):
+        download(f"{url}/a.parquet", str(folder / "a.parquet"))
+    assert content(folder / "a.parquet") == BIG and len(seen) == -(-len(BIG) // 500_000)
+
+
+OLD, NEW = b"old words\n" * 60_000, b"new words\n" * 60_000       # nothing but their version tells a splice
+
+
+@pytest.mark.parametrize("knows_if_range", [True, False])
+@pytest.mark.parametrize("name, old, new", [("ETag", '"1"', '"2"'), ("Last-Modified", "Sat, 01 Nov 2025 00:00:00 GMT",
+                                                                     "Sun, 02 Nov 2025 00:00:00 GMT")])
+@pytest.mark.parametrize("changed", [True, False])
+def test_a_file_that_changed_after_a_cut_begins_anew(folder, capsys, knows_if_range, name, old, new, changed):
+    path, up, asked = str(folder / "words.txt"), False, []
+
+    def answer(handler, n):
+        if n > 1 and not up:
+            return handler.send_error(503)
+        body, version = (NEW, new) if changed and up else (OLD, old)
+        headers = {name.replace("-", "_"): version} | ({"ETag": 'W/"weak"'} if name == "Last-Modified" else {})
+        asked.append(handler.headers.get("If-Range"))
+        begin = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
+        if begin and (asked[-1] == version or not knows_if_range):
+            return send(handler, body[begin:], 206, Content_Range=f"bytes {begin}-{len(body) - 1}/{len(body)}", **headers)
+        send(handler, body, cut=250_000 if n == 1 else None, **headers)
+    with serve(answer) as (url, seen):
+        with pytest.raises(SystemExit, match="250,000 bytes are here"):
+            download(f"{url}/words.txt", path)
+        up = True                                 # the next day
+        download(f"{url}/words.txt", path)
+    assert content(path) == (NEW if changed else OLD) and asked[1] == old
+    assert ("250,000 bytes thrown away" in capsys.readouterr().out) == changed
+    assert sorted(os.listdir(folder)) == ["base_data", "words.txt", "words.txt.sha256"]
+
+
+def test_a_damaged_note_of_the_version_ends_nothing(folder):
+    for note in (b"", b"\0\0\0\0", b'"1"\r\nX: y\r\n', bytes(range(256))):
+        (folder / "a.parquet.part").write_bytes(BIG[:1000])
+        (folder / "a.parquet.part.etag").write_bytes(note)
+        with serve(lambda h, n: send_range(h, BIG)) as (url, _):
+            download(f"{url}/a.parquet", str(folder / "a.parquet"))
+        assert content(folder / "a.parquet") == BIG
+        os.remove(folder / "a.parquet")
+
+
+def test_an_etag_is_a_sha256_where_the_hub_says_so(folder):
+    right, wrong = f'"{hashlib.sha256(BIG).hexdigest()}"', f'"{"0" * 64}"'
+    for k, (headers, good) in enumerate([
+            (dict(ETag=wrong), True), (dict(ETag=wrong, X_Repo_Commit="1" * 40), False), (dict(X_Linked_Etag=wrong), False),
+            (dict(ETag=right, X_Repo_Commit="1" * 40), True), (dict(ETag=wrong, X_Linked_Etag=right), True),
+            (dict(ETag='"abc"', X_Repo_Commit="1" * 40), True)]):
+        with serve(lambda h, n: send(h, BIG, **headers)) as (url, _):
+            with contextlib.nullcontext() if good else pytest.raises(SystemExit, match="its sha256 is not the hub's, twice"):
+                download(f"{url}/a.parquet", str(folder / f"{k}.parquet"))
+        assert os.path.exists(folder / f"{k}.parquet") == good
+
+
+def test_what_comes_packed_all_the_same_is_called_so(folder):
+    with serve(lambda h, n: send(h, gzip.compress(BIG), Content_Encoding="gzip")) as (url, seen):
+        with pytest.raises(SystemExit, match="the server packs the file .gzip. though it is asked not to"):
+            download(f"{url}/a.parquet", str(folder / "a.parquet"))
+    assert len(seen) == 1 and os.listdir(folder) == ["base_data"]
+
+
+def test_a_disk_that_is_full_in_the_middle_is_one_line(folder):
+    code = ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000))\n"
+            "from plumbing.download import download; import sys; download(*sys.argv[1:])")
+    with serve(lambda h, n: send_range(h, BIG)) as (url, _):
+        args = f"{url}/a.parquet", str(folder / "a.parquet")
+        done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and "free some disk space" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert content(f"{args[1]}.part") == BIG[:700_000]
+        download(*args)
+    assert content(args[1]) == BIG
+
+
+MISBEHAVIOUR = [
+    lambda h, rng: h.send_error(rng.choice([408, 429, 500, 503])),
+    lambda h, rng: h.wfile.write(rng.randbytes(rng.randrange(2000))),                    # no HTTP at all
+    lambda h, rng: None,                                                                 # hangs up
+    lambda h, rng: send(h, BIG, cut=rng.randrange(len(BIG)), ETag='"1"'),
+    lambda h, rng: send(h, BIG, length=False, cut=rng.randrange(len(BIG))),              # an end that looks like one
+    lambda h, rng: send(h, BIG, 206, cut=rng.randrange(len(BIG))),
+    lambda h, rng: send(h, BIG[100:], 206, Content_Range=f"bytes 100-{len(BIG) - 1}/{len(BIG)}", ETag='"2"'),
+    lambda h, rng: send(h, b"", 416, Content_Range=f"bytes */{len(BIG)}"),
+    lambda h, rng: send(h, gzip.compress(BIG, 1), cut=rng.randrange(len(BIG)), Content_Encoding="gzip"),
+    lambda h, rng: send(h, BIG[:1000], Content_Encoding=rng.choice(["br", "deflate", "zstd", "x, gzip"])),
+    lambda h, rng: send(h, BIG, Content_Length="1" * rng.choice([1, 8, 5000]), length=False),
+    lambda h, rng: send(h, b"moved", 302, Location=rng.choice(["/a.parquet", "//", "http://[", "ftp://x/y", "http://\xff/"])),
+    lambda h, rng: send(h, rng.randbytes(3000), Transfer_Encoding="chunked", length=False),
+    lambda h, rng: [h.send_response(200), h.wfile.write(b"X: y\r\n" * 200)],
+    lambda h, rng: send(h, OLD),
+]
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(2, 150))])
+def test_whatever_a_server_does_the_file_is_right_or_one_line_says_why(folder, seed):
+    rng, path, sha256 = random.Random(seed), str(folder / "a.parquet"), f'"{hashlib.sha256(BIG).hexdigest()}"'
+
+    def answer(handler, n):
+        if rng.random() < 0.4:
+            send_range(handler, BIG) if rng.random() < 0.7 else send(handler, BIG, ETag='"1"', X_Linked_Etag=sha256)
+        else:
+            rng.choice(MISBEHAVIOUR)(handler, rng)
+    with serve(answer) as (url, seen):
+        for _ in range(40):
+            try:
+                download(f"{url}/a.parquet", path)
+                break
+            except SystemExit as error:
+                assert str(error) and "\n" not in str(error)
+                assert not os.path.exists(path)
+    assert content(path) == BIG and len(seen) < 300
+
+
 # ----------------------------------------------------------------------------------- shards
 
 
@@ -316,10 +520,109 @@ def test_the_embedded_corpus_is_not_taken_for_a_downloaded_shard(folder, monkeyp
     assert list(data.read_texts(data.shard_path(0))) == ["one", "two"]
 
 
+def flip(path, where=0.5):
+    """One bit of a file is another one; its name, size and date stay."""
+    body, stat = bytearray(content(path)), os.stat(path)
+    body[int(where * len(body))] ^= 1
+    with open(path, "wb") as f:
+        f.write(body)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_verify_reads_what_is_here_and_fetches_what_is_broken_again(folder, monkeypatch, capsys):
+    words = b"word\n" * 1000
+    monkeypatch.setattr(downloaded, "SOURCES", {"some": (f"{HUB}/x/", ["a.parquet", "words_alpha.txt", "missing.parquet"])})
+    with serve(lambda h, n: send(h, words if "words" in h.path else BIG)) as (url, seen):
+        monkeypatch.setattr(download_module, "HF_ENDPOINT", url)
+        run_script("prepare.py", "-n", "2")
+        for name in ("a.parquet", "words_alpha.txt"):
+            download(f"{HUB}/x/{name}", str(folder / "task_data" / "some" / name))
+        os.remove(f"{data.shard_path(1)}.sha256")                     # one of which no checksum was kept
+        files = [data.shard_path(i) for i in (data.VAL_SHARD, 0, 1)] + [str(folder / "task_data/some/a.parquet"),
+                                                                       str(folder / "task_data/some/words_alpha.txt")]
+        del seen[:]
+        run_script("prepare.py", "--verify=1")
+        assert not seen and "3 of 3 shards are there" in capsys.readouterr().out
+        for path in files:
+            flip(path)
+        with open(files[2], "r+b") as f:          # one bit more or less is not seen there
+            f.seek(len(BIG) // 2)
+            f.write(bytes(100_000))
+        run_script("prepare.py", "-n", "2")
+        assert not seen                                               # nobody looked inside
+        run_script("prepare.py", "--verify=1")
+        said = capsys.readouterr().out
+        assert said.count("its sha256 is not the one kept of it; fetching it again") == 4
+        assert "shard_00001.parquet: damaged" in said and len(seen) == 5 and "missing" not in said
+        assert [content(path) for path in files] == [BIG] * 4 + [words]
+        flip(files[0], 0.999999)                                      # its very end
+        os.remove(files[3])
+        del seen[:]
+        run_script("prepare.py", "--verify=1", "-n", "3")             # and what is missing, as without it
+        assert len(seen) == 2 and content(files[0]) == BIG == content(data.shard_path(2))
+
+
+def test_verify_keeps_own_text_and_makes_the_embedded_corpus_again(folder, monkeypatch, capsys):
+    monkeypatch.setattr(download_module, "HF_ENDPOINT", "http://127.0.0.1:9")        # nobody is asked
+    for i in (0, data.VAL_SHARD):
+        put_shard(i, ["mine"])
+    run_script("prepare.py", "--verify=1")
+    assert list(data.read_texts(data.shard_path(0))) == ["mine"]
+    for i in (0, data.VAL_SHARD):
+        os.remove(data.shard_path(i))
+    monkeypatch.setattr(pydocs, "documents", lambda: [f"This is text {i}." for i in range(300)])
+    run_script("prepare.py", "--embedded=1")
+    paths = data.shard_path(0), data.shard_path(data.VAL_SHARD)
+    bodies = [content(path) for path in paths]
+    for where in (0.5, 0.999999):                                     # in the text; in the footer
+        flip(paths[0], where)
+        run_script("prepare.py", "--verify=1")
+        assert [content(path) for path in paths] == bodies
+    with open(paths[1], "w"):                                         # emptied
+        pass
+    run_script("prepare.py", "--embedded=1")
+    assert [content(path) for path in paths] == bodies and capsys.readouterr().out.count("making it again") == 3
+
+
+@pytest.mark.parametrize("here", ["embedded", "damaged"])
+def test_the_tokenizer_waits_for_what_replaces_a_shard(folder, monkeypatch, here):
+    """As the driver starts them: prepare.py beside tok_train.py, which is often the faster one."""
+    for i in (0, data.VAL_SHARD):
+        data.write_shard(data.shard_path(i), ["old"]) if here == "embedded" else open(data.shard_path(i), "w").close()
+    env = dict(os.environ, NANOCHAT_BASE_DIR=str(folder))
+    command = [sys.executable, "tok_train.py", "--vocab_size=270", "--num_shards=1"]
+    train = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lines = iter(train.stdout.readline, "")
+    waiting = "waiting for shard_01822.parquet to be downloaded (the embedded corpus or a damaged file)\n"
+    assert waiting in lines                       # reads until it comes
+    with serve(lambda h, n: send(h, parquet_bytes(["new " * 500, "newer"]))) as (url, _):
+        env["HF_ENDPOINT"] = url
+        subprocess.run([sys.executable, "prepare.py", "-n", "1"], cwd=ROOT, env=env, check=True)
+    said = "".join(lines)
+    assert train.wait(30) == 0 and "2,005 characters, 2 documents" in said, said
+
+
+def test_nobody_replaces_the_embedded_corpus_then_that_is_said(folder, monkeypatch):
+    monkeypatch.setattr(data, "PATIENCE", 0.6)
+    for i in (0, data.VAL_SHARD):
+        data.write_shard(data.shard_path(i), ["old"])
+        os.utime(data.shard_path(i), (1e9, 1e9))
+    with pytest.raises(SystemExit, match="01822.parquet: the embedded corpus or a damaged file, .* --num_shards=0$"):
+        data.train_shards(1)
+    assert data.train_shards(0) == ["shard_00000.parquet"]
+
+
 def test_too_little_disk_is_said_before_the_download(folder, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**8}))
-    with pytest.raises(SystemExit, match="3 shards need about 0.3 GB, 0.1 GB are free"):
+    with pytest.raises(SystemExit, match="3 shards to fetch and the tokens of 3 need about 0.6 GB, 0.1 GB are free"):
         run_script("prepare.py", "-n", "2", "--num_threads=1")
+    for i in (0, 1, data.VAL_SHARD):
+        put_shard(i)
+    with pytest.raises(SystemExit, match="0 shards to fetch and the tokens of 3 need about 0.3 GB"):
+        run_script("prepare.py", "-n", "2")
+    for i in (0, 1, data.VAL_SHARD):
+        data.tokenize_shard(data.shard_path(i), BYTES)
+    run_script("prepare.py", "-n", "2")
 
 
 def test_no_shards_says_how_to_get_them(folder):

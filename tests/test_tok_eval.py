@@ -82,6 +82,26 @@ def test_a_reference_that_cannot_be_had_costs_little_time_and_one_line(base_dir,
     assert why in found["missing"][name] and set(found["vocab_sizes"]) == {"ours", "GPT-2"}
 
 
+def test_the_network_is_asked_once(base_dir, monkeypatch, capsys):
+    asked = []
+    makers = openai_public.ENCODING_CONSTRUCTORS
+    for name in ("gpt2", "broken"):
+        monkeypatch.setitem(makers, name, lambda make=makers[name], name=name: asked.append(name) or make())
+    tok_eval(monkeypatch, "--references=gpt2,broken")
+    first, said = result(base_dir), capsys.readouterr().out
+    again = re.search(r"to ask again: rm (\S+); python tok_eval.py", said)[1]
+    assert sorted(asked) == ["broken", "gpt2"]
+    tok_eval(monkeypatch, "--references=gpt2,broken")
+    assert len(asked) == 2 and result(base_dir) == first and again in capsys.readouterr().out
+    os.remove(again)
+    tok_eval(monkeypatch, "--references=gpt2,broken")
+    assert asked[2:] == ["broken"]
+    for damage in ("", "[1]", '{"name": "gpt2"}', '{"pat_str": 3, "mergeable_ranks": {"a": "b"}}'):
+        (base_dir / "references/gpt2.json").write_text(damage)
+        tok_eval(monkeypatch, "--references=gpt2")                       # asks, or says that it has none
+        assert ("GPT-2" in result(base_dir)["vocab_sizes"]) == (damage in ("", "[1]"))
+
+
 def test_ours_alone(base_dir, monkeypatch):
     tok_eval(monkeypatch, "--references=")
     assert list(result(base_dir)["vocab_sizes"]) == ["ours"]
