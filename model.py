@@ -37,16 +37,18 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        r = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + NORM_EPS)
-        y = (x.float() * r).to(x.dtype)
+        wide = x.float()
+        r = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + NORM_EPS)
+        y = (wide * r).to(x.dtype)
         ctx.save_for_backward(y, r)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        (y, r), g = ctx.saved_tensors, grad.float()
+        y, r = ctx.saved_tensors
+        g, wide = grad.float(), y.float()
         # dx = r (dy - y mean(dy y))
-        return torch.addcmul(g, y.float(), (g * y.float()).mean(dim=-1, keepdim=True), value=-1).mul_(r).to(y.dtype)
+        return torch.addcmul(g, wide, (g * wide).mean(dim=-1, keepdim=True), value=-1).mul_(r).to(y.dtype)
 
 
 class ReluSquared(torch.autograd.Function):

@@ -76,7 +76,7 @@ if [ "$NNODES" = 1 ] && [ "$NPROC" = 1 ]; then launcher=(python)
 elif [ "$NNODES" = 1 ]; then launcher=(python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" --)
 else
     launcher=(python -m torch.distributed.run --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC"
-              --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --)
+              --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --rdzv_conf=timeout=3600 --)   # the others wait an hour
 fi
 launch() { show "${launcher[@]}" "$@"; "${launcher[@]}" "$@"; }
 # the same question after each stage: a base model goes on with it, mid-training teaches to answer

@@ -32,8 +32,11 @@ def fit_micro_batch(machine, model, optimizers, rows, asked, meta):
     print0(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads")
     share, T, config = -(-rows // WORLD_SIZE), model.config.sequence_len, model.config
     asked = asked or (meta["device_batch_size"] if meta and meta["world_size"] == WORLD_SIZE else 0)
-    guess = lambda: micro_batch(rows, WORLD_SIZE, asked, machine.free_bytes, config, machine.dtype.itemsize,
-                                model.gradient_checkpointing)
+
+    def guess():
+        return micro_batch(rows, WORLD_SIZE, asked, machine.free_bytes, config, machine.dtype.itemsize,
+                           model.gradient_checkpointing)
+
     if machine.device.type != "cuda":
         return guess(), over_ranks(model)
     path, key = base_path("fit.json"), f"{machine.name}, {machine.free_bytes / 1e9:.0f} GB free, {machine.dtype_name}, " \
@@ -47,10 +50,10 @@ def fit_micro_batch(machine, model, optimizers, rows, asked, meta):
         except Exception as error:                               # no compiler, no Python.h, a bug in torch: of all kinds
             if not model.compiled_parts:
                 raise
-            model.compiled_parts = None
-            print0("torch.compile fails here, goes on without, more slowly: "
-                   f"{(str(error).strip() or repr(error)).splitlines()[0]:.200}")
-            return attempt(machine, model, optimizers, B)
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+        model.compiled_parts = None
+        print0(f"torch.compile fails here, goes on without, more slowly: {reason:.200}")
+        return attempt(machine, model, optimizers, B)
 
     first, most = smallest_over_ranks([settled or guess(), 0 if settled else MICRO_TOKENS // T], machine.device)
     B, speed = largest_that_runs(share, first, most, tried)

@@ -83,7 +83,10 @@ def start(device="", dtype="", meta=None):
         torch.set_float32_matmul_precision("high")              # TF32 for what stays in float32
         name, free_bytes = torch.cuda.get_device_name(chosen), usable_bytes(torch.cuda.mem_get_info()[0])
         # by capability: torch's own is_bf16_supported() also says yes to slow emulation
-        dtype = dtype or ("bfloat16" if torch.cuda.get_device_capability(chosen) >= (8, 0) else "float32")
+        units = torch.cuda.get_device_capability(chosen) >= (8, 0)
+        if dtype == "bfloat16" and not units:
+            print0(f"{name} only imitates bfloat16, slowly: without --dtype it computes in float32")
+        dtype = dtype or ("bfloat16" if units else "float32")
     dtype = dtype or "float32"
     if WORLD_SIZE > 1 and not dist.is_initialized():
         try:
