@@ -10,11 +10,13 @@ writes  <out>/results.jsonl, table.md, log.txt; checkpoints below NANOCHAT_BASE_
 import contextlib
 import datetime
 import fcntl
+import functools
 import glob
 import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -46,8 +48,8 @@ GPU_ITEMS = [
     *(("stages", name, seconds) for name, seconds in dict(
         text=30, base_train=150, mid_train=110, chat_sft=70, base_eval=50, chat_eval=70, chat_cli=20, report=10).items()),
     ("fit", "d12", 90), ("bench", "d12", 150), ("fit", "d20", 150), ("bench", "d20", 300), ("memory", "d12", 60),
-    ("cards", "d12 on 12 GB", 90), ("resume", "d6", 150), ("curve", "d12", 200), ("decode", "d12", 30),
-    ("cards", "d20 on 24 GB", 180), ("fit", "d16", 120), ("bench", "d16", 240), ("cards", "d20 on 40 GB", 180),
+    ("cards", "d12 on 12 GB", 130), ("resume", "d6", 150), ("curve", "d12", 200), ("decode", "d12", 30),
+    ("cards", "d20 on 24 GB", 240), ("fit", "d16", 120), ("bench", "d16", 240), ("cards", "d20 on 40 GB", 180),
     ("fit", "d14", 100), ("bench", "d14", 200), ("fit", "d18", 140), ("bench", "d18", 270), ("memory", "d20", 90),
     ("cards", "d14 on 40 GB", 120), ("cards", "d12 on 16 GB", 90), ("cards", "d16 on 24 GB", 150), ("memory", "d14", 70),
     ("cards", "d16 on 16 GB", 150), ("cards", "d18 on 24 GB", 180), ("cards", "d18 on 40 GB", 180), ("decode", "d20", 40),
@@ -58,6 +60,11 @@ TOY_ITEMS = [(name, item, seconds) for name, item, seconds in GPU_ITEMS if name 
 BENCH = {"d12": "--max_seq_len=1024 --rows=128 --device_batch_size=64"}          # the others:
 BENCH_2048 = "--max_seq_len=2048 --rows=64 --device_batch_size=16"
 BENCH_TOY = "--max_seq_len=32 --vocab_size=256 --rows=4 --steps=1 --turns=1"
+
+
+# of the stages: where those that train leave their models, and which one each needs
+FOLDERS = dict(base_train="base_checkpoints", mid_train="mid_checkpoints", chat_sft="chatsft_checkpoints")
+NEEDS = dict(mid_train="base_train", base_eval="base_train", chat_sft="mid_train", chat_eval="chat_sft", chat_cli="chat_sft", report="chat_sft")
 
 
 class Failed(Exception):
@@ -72,13 +79,12 @@ def call(argv, ends, kill_when=None):
     kill_when  a function: as soon as it says True, the process gets signal 9 and that is no failure
     raises     Failed
     """
-    begin, killed = log.tell(), False
+    begin, killed, name = log.tell(), False, argv[argv[0].startswith("-")]
     print(f"\n$ python {' '.join(argv)}", file=log, flush=True)
     # a group of its own; it keeps the lock, so that what outlives us is not overlooked at the next start
     process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                preexec_fn=os.setpgrp, pass_fds=[lock.fileno()])
-    lock.truncate(0)
-    os.pwrite(lock.fileno(), str(process.pid).encode(), 0)
+    os.pwrite(lock.fileno(), f"{process.pid:<10}".encode(), 0)
     try:
         while process.poll() is None and time.monotonic() < ends:
             time.sleep(0.02)
@@ -95,14 +101,14 @@ def call(argv, ends, kill_when=None):
         f.seek(begin)
         text = f.read()
     if late:
-        raise Failed(f"{argv[0]}: ended, it took longer than it may")
+        raise Failed(f"{name}: ended, it took longer than it may")
     if kill_when and not killed:
-        raise Failed(f"{argv[0]}: was over before it could be killed")
+        raise Failed(f"{name}: was over before it could be killed")
     if process.returncode and not killed:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         named = [line for line in lines if "Error: " in line]
         reason = f"killed by signal {-process.returncode}" if process.returncode < 0 else [*lines, *named][-1]
-        raise Failed(f"{' '.join(argv[:4])}: {reason}"[:400])
+        raise Failed(f"{name}: {reason}"[:400])
     return text
 
 
@@ -121,6 +127,9 @@ def stages(item, ends):
     made = make_text(ends)
     if item == "text":
         return dict(seconds=time.monotonic() - clock, made=made)
+    if item in NEEDS and not glob.glob(base_path(FOLDERS[NEEDS[item]], "day", "meta_*.json")):
+        stages(NEEDS[item], ends)                                # its result came from another machine, or is no more
+        clock = time.monotonic()
     own = [f"--embedded={int(not os.path.isdir(base_path('task_data')))}"]
     steps, few = (3, 1) if toy else (20, 20)
     small = ["--spelling_rows=200", "--spelling_bee_rows=50", "--identity_rows=100"] if toy else ["--spelling_rows=30000"]
@@ -136,9 +145,8 @@ def stages(item, ends):
         chat_cli=["chat_cli.py", "--prompt=Who are you?", "--max_tokens=16"],
         report=["report.py", "--copy_to="],
     )[item]
-    folder = dict(base_train="base_checkpoints", mid_train="mid_checkpoints", chat_sft="chatsft_checkpoints").get(item)
-    if folder:
-        return trained(*train(folder, "day", argv, ends))
+    if item in FOLDERS:
+        return trained(*train(FOLDERS[item], "day", argv, ends))
     call([*argv, "--model_tag=day"], ends)
     return dict(seconds=time.monotonic() - clock)
 
@@ -172,20 +180,18 @@ def trained(seconds, meta, log_rows, said):
     """The figures of a training stage."""
     steps = [row for row in log_rows if "loss" in row]
     later = steps[len(steps) // 2:]                              # the first ones compile
-    middle = lambda key: sorted(row[key] or 0 for row in later)[len(later) // 2] or None                 # noqa: E731
     compiled = not toy and meta["config"].get("compile_model", False) and "torch.compile fails" not in said
     return dict(seconds=seconds, steps=len(steps), dtype=meta["machine"]["dtype"], compiled=compiled, micro_batch=meta["device_batch_size"],
-                tokens_per_second=middle("tokens_per_second"), mfu=middle("mfu"), peak_bytes=meta["peak_memory"],
+                tokens_per_second=statistics.median(row["tokens_per_second"] for row in later),
+                mfu=statistics.median(row["mfu"] for row in later) if later[0]["mfu"] else None, peak_bytes=meta["peak_memory"],
                 first_loss=steps[0]["loss"], last_loss=steps[-1]["loss"])
 
 
-def measured(what, *flags):
-    """A part that bench/measure.py measures, of the depth that the item's name begins with."""
-    def function(item, ends):
-        depth, _, card = item.partition(" on ")
-        played = [f"--gigabytes={card.split()[0]}"] if card else []
-        return last_json(call(["-m", "bench.measure", f"--what={what}", f"--depth={depth[1:]}", *played], ends))
-    return function
+def measured(what, item, ends):
+    """What bench/measure.py measures: "d20" or, on a card that is played, "d20 on 24 GB"."""
+    depth, _, card = item.partition(" on ")
+    played = [f"--gigabytes={card.split()[0]}"] if card else []
+    return last_json(call(["-m", "bench.measure", f"--what={what}", f"--depth={depth[1:]}", *played], ends))
 
 
 def bench(item, ends):
@@ -258,8 +264,8 @@ def curve(item, ends):
     return results
 
 
-measures = dict(stages=stages, fit=measured("fit"), bench=bench, memory=measured("memory"), decode=measured("decode"), resume=resume,
-                curve=curve, cards=measured("fit"))
+measures = dict(stages=stages, bench=bench, resume=resume, curve=curve, cards=functools.partial(measured, "fit"))
+measures.update({what: functools.partial(measured, what) for what in ("fit", "memory", "decode")})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -271,10 +277,12 @@ def read_results(path):
     lines = []
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as f:
         for number, line in enumerate(f, 1):
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                print(f"{path}: line {number} is damaged and left out")
+            with contextlib.suppress(ValueError):
+                one = json.loads(line)
+                if isinstance(one, dict) and {"part", "item", "device", "date", "torch", "commit", "toy"} <= one.keys():
+                    lines.append(one)
+                    continue
+            print(f"{path}: line {number} is damaged and left out")
     return lines
 
 
@@ -313,13 +321,12 @@ def table(lines):
     return "\n".join(text)
 
 
-def keep(line):
-    """Add a line to the results, which are written anew as a whole: a torn line can't be."""
-    results.append(line)
+def write(lines):
+    """The results and their table, both anew and as a whole: a torn line can't be."""
     with atomic_write(os.path.join(out, "results.jsonl"), "w") as f:
-        f.writelines(json.dumps(one) + "\n" for one in results)
+        f.writelines(json.dumps(line) + "\n" for line in lines)
     with atomic_write(os.path.join(out, "table.md"), "w") as f:
-        f.write(table(results))
+        f.write(table(lines))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -335,15 +342,16 @@ if not out or minutes < 0 or limit <= 0:
 try:
     os.makedirs(out, exist_ok=True)
     os.makedirs(base_path(), exist_ok=True)
-    lock = open(os.path.join(base_path(), "lock"), "a+")                                                 # noqa: SIM115
-    log = open(os.path.join(out, "log.txt"), "a", encoding="utf-8")                                      # noqa: SIM115
+    lock_path = os.path.join(os.path.dirname(base_path()), "lock")              # one for all DATA: there is one GPU
+    lock = open(os.open(lock_path, os.O_RDWR | os.O_CREAT), "r+")
+    log = open(os.path.join(out, "log.txt"), "a", encoding="utf-8")
 except OSError as error:
     raise SystemExit(f"{error.filename}: {error.strerror}; set OUT or NANOCHAT_BASE_DIR to folders that can be written") from None
 try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
     lock.seek(0)
-    raise SystemExit(f"{lock.name}: another start of this, or what it left behind, is at work; wait, or: kill -9 -- -{lock.read()}") from None
+    raise SystemExit(f"{lock_path}: another start of this, or what it left behind, is at work; wait, or: kill -9 -- -{lock.read().strip()}") from None
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: sys.exit("\nended by a signal; the same command goes on"))
 
@@ -379,18 +387,17 @@ for name, item, seconds in todo:
         continue
     label = dict(part=name, item=item, device=found["device"], toy=toy, torch=found["torch"], commit=commit,
                  date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
-    keep(dict(label, error="was begun and did not end"))         # if this is killed, too
-    results.pop()
+    write([*results, dict(label, error="was begun and did not end")])    # what stands there if this is killed, too
     print(f"{name} {item} ...", end=" ", flush=True)
     try:
-        figures = measures[name](item, clock + min(limit, free))
-        keep(dict(label, took_seconds=time.monotonic() - clock, figures=figures))
-        print(f"{duration(time.monotonic() - clock)}", flush=True)
+        outcome, said = dict(figures=measures[name](item, clock + min(limit, free))), ""
     except Exception as error:                                   # whatever it is, the next one is measured
         failures += 1
-        reason = str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
-        keep(dict(label, took_seconds=time.monotonic() - clock, error=reason))
-        print(f"{duration(time.monotonic() - clock)}, FAILED: {reason}", flush=True)
+        outcome = dict(error=str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}")
+        said = f", FAILED: {outcome['error']}"
+    results.append(dict(label, took_seconds=time.monotonic() - clock, **outcome))
+    write(results)
+    print(f"{duration(time.monotonic() - clock)}{said}", flush=True)
 
 print("\n" + table(results))
 print(f"{out}: results.jsonl, table.md, log.txt; {duration(time.monotonic() - begin)}" + (f"; {failures} failed" if failures else ""))

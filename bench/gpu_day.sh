@@ -18,7 +18,7 @@ DATA=${DATA:-}                        # a folder like NANOCHAT_BASE_DIR's: base_
 if [ -z "${PYTHON:-}" ]; then         # needs torch, numpy, pyarrow and tiktoken, and rustbpe for stages, resume and curve
     if [ -x .venv/bin/python ]; then PYTHON=$PWD/.venv/bin/python; else PYTHON=python3; fi
 fi
-commit=$(git describe --always --dirty 2>/dev/null) || commit=
+COMMIT=${COMMIT:-$(git describe --always --dirty 2>/dev/null || true)}    # of the results; set it where there is no git
 
 # tokenizer, tokens and checkpoints go to a base folder of their own; DATA is linked into it and stays as it is
 export NANOCHAT_BASE_DIR=$base/gpu_day_work/embedded
@@ -29,7 +29,7 @@ if [ -n "$DATA" ]; then
     mkdir -p "$NANOCHAT_BASE_DIR/base_data"
     ln -sf "$DATA"/base_data/* "$NANOCHAT_BASE_DIR/base_data/"
     for folder in tokenizer task_data; do
-        if [ -d "$DATA/$folder" ]; then ln -sfn "$DATA/$folder" "$NANOCHAT_BASE_DIR/$folder"; fi
+        if [ -d "$DATA/$folder" ] && [ ! -e "$NANOCHAT_BASE_DIR/$folder" ]; then ln -s "$DATA/$folder" "$NANOCHAT_BASE_DIR/$folder"; fi
     done
 fi
-exec "$PYTHON" -m bench.day --out="$OUT" --minutes="${MINUTES:-0}" --part="${PART:-}" --commit="${COMMIT:-$commit}" "$@"
+exec "$PYTHON" -m bench.day --out="$OUT" --minutes="${MINUTES:-0}" --part="${PART:-}" --commit="$COMMIT" "$@"

@@ -98,12 +98,16 @@ def measure_fit():
         fit.attempt(machine, model, optimizers, B)
     best = next(one for one in tries if one["B"] == B and one["speed"])
     checkpointing = model.gradient_checkpointing
-    predicted = (budget.state_bytes(model_config) + B * budget.row_bytes(model_config, machine.dtype.itemsize, checkpointing)
-                 - budget.usable_bytes(0))                       # the formula's 4 GB for a chunk of logits and workspaces
     return dict(sequence_len=T, rows=rows, micro_batch_guessed=guess, micro_batch=B, tokens_per_second=best["speed"], mfu=mfu(best["speed"]),
-                predicted_bytes=predicted, peak_bytes=best["peak_bytes"], reserved_bytes=best["reserved_bytes"], search_seconds=seconds,
+                **beside_formula(B, checkpointing, best["peak_bytes"]), reserved_bytes=best["reserved_bytes"], search_seconds=seconds,
                 gradient_checkpointing=checkpointing, compiled=model.compiled_parts is not None,
                 tried=", ".join(f"{one['B']}: " + (f"{one['speed']:,.0f} tok/s" if one["speed"] else "no room") for one in tries))
+
+
+def beside_formula(B, checkpointing, peak_bytes):
+    """What the formula says for state and rows, the peak, and what the peak has above it: a chunk of logits, workspaces."""
+    formula = budget.state_bytes(model_config) + B * budget.row_bytes(model_config, machine.dtype.itemsize, checkpointing)
+    return dict(formula_bytes=formula, peak_bytes=peak_bytes, above_formula_bytes=peak_bytes - formula if gpu else None)
 
 
 def mfu(speed):
@@ -128,9 +132,8 @@ def measure_memory():
         model.zero_grad(set_to_none=True)
     # per token and layer, in values of the model's width; the head's gradient, float32, is none of them
     values = (kept - 4 * model.lm_head.weight.numel()) / (B * T * model_config.n_embd * model_config.n_layer * machine.dtype.itemsize)
-    predicted = budget.state_bytes(model_config) + B * budget.row_bytes(model_config, machine.dtype.itemsize, False) - budget.usable_bytes(0)
     return dict(sequence_len=T, micro_batch=B, kept_bytes=kept if gpu else None, kept_values=values if gpu else None,
-                kept_values_by_formula=10 + 4 / model_config.n_layer, predicted_bytes=predicted, peak_bytes=machine.peak_memory(),
+                kept_values_by_formula=10 + 4 / model_config.n_layer, **beside_formula(B, False, machine.peak_memory()),
                 reserved_bytes=torch.cuda.max_memory_reserved() if gpu else None, compiled=model.compiled_parts is not None)
 
 

@@ -30,9 +30,10 @@ def lines(folder):
 
 def test_it_goes_on_after_a_kill_and_a_failure_and_measures_nothing_twice(tmp_path):
     first = subprocess.Popen(**command(tmp_path, PART="memory,decode"))
-    while not lines(tmp_path):                                    # begun
+    lock = tmp_path / "gpu_day_work/lock"                         # names the process that measures
+    while not lines(tmp_path) or not os.path.exists(f"/proc/{lock.read_text().strip()}"):
         assert first.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.02)
     first.kill()
     again = day(tmp_path, PART="decode")                          # what was being measured is still at work
     assert again.returncode == 1 and "at work; wait, or: kill -9 -- -" in again.stdout and again.stdout.count("\n") == 1
@@ -61,10 +62,10 @@ def test_a_part_that_fails_or_takes_too_long_is_a_line(tmp_path):
         (tmp_path / f"data/base_data/shard_{shard}.parquet").write_text("no parquet")
     done = day(tmp_path, PART="curve", DATA=str(tmp_path / "data"))
     assert done.returncode == 0 and "; 1 failed" in done.stdout
-    assert re.search(r"shard_\d+.parquet: damaged", lines(tmp_path)[0]["error"])
+    assert re.fullmatch(r"tok_train.py: .*shard_\d+.parquet.* not a parquet file.*", lines(tmp_path)[0]["error"])
     options = command(tmp_path, PART="decode")
     options["args"].append("--limit=1")                           # second; torch alone takes longer
-    assert "d1: **failed**: -m: ended, it took longer than it may" in subprocess.run(**options).stdout
+    assert "d1: **failed**: bench.measure: ended, it took longer than it may" in subprocess.run(**options).stdout
 
 
 @pytest.mark.parametrize("settings, words", [
