@@ -2,13 +2,13 @@
 Generate text: a trained model and its tokenizer in, tokens out, with the calculator in between.
 
 in    a GPT, a Tokenizer, prompts as lists of token ids; no file and no knob is read here
-out   Engine.generate (step by step), Engine.generate_batch (whole replies to many prompts),
-      TextStream (tokens to text that can be shown as it comes)
+out   Engine.generate (step by step), Engine.generate_batch (whole replies to many prompts), Batch (replies that
+      begin and end whenever they do), TextStream (tokens to text that can be shown as it comes)
 
 The keys and values of tokens already seen are kept (KVCache), so a new token costs one pass over one position instead
-of the whole text. All rows of a batch stand at the same position: they are read up to the end of the shortest prompt;
-then, token by token, a row with prompt left takes the next of its prompt instead of the one drawn, and likewise what
-the calculator has answered. So neither the model nor the cache needs a mask, and a row does not notice its neighbours.
+of the whole text. Each row of the cache stands at a position of its own, so replies of all lengths share a pass: one
+that is over leaves, and the next one takes its place. A row does not notice its neighbours: it sees its own text alone
+and draws with random numbers of its own.
 """
 import codecs
 import unicodedata
@@ -18,79 +18,101 @@ from dataclasses import dataclass, field
 import torch
 
 from plumbing.calculator import calculate
-from plumbing.machine import in_halves
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 class KVCache:
     """
-    The keys and values of every layer for all tokens so far, in memory that is taken once.
+    The keys and values of every layer for the tokens of some rows, in memory that is taken once.
 
-    kv (n_layer, 2, B, H_kv, max_len, D) in the model's compute type; from .length on not written yet and never read
+    kv       (n_layer, 2, B, H_kv, max_len, D) in the model's compute type
+    lengths  tokens that each row holds, a list; what lies behind them is overwritten before it is read
+    used     rows that take part in a pass: the first ones
     """
 
     def __init__(self, model, B, max_len):
         config = model.config
-        D = config.n_embd // config.n_head
-        self.kv = torch.empty(config.n_layer, 2, B, config.n_kv_head, max_len, D,
+        assert max_len <= config.sequence_len, f"{max_len} tokens in a context of {config.sequence_len}"
+        # zeros, as what nobody may see is still multiplied, by 0
+        self.kv = torch.zeros(config.n_layer, 2, B, config.n_kv_head, max_len, config.n_embd // config.n_head,
                               dtype=model.compute_dtype, device=model.device)
-        self.length = 0
+        self.lengths, self.used = [0] * B, B
+
+    def begin(self, T):
+        """
+        Say that T tokens of each row follow; rows of different lengths take one token at a time.
+
+        returns  their positions: a slice for all rows, or (B, 1)
+        """
+        lengths = self.lengths[:self.used]
+        low, high = min(lengths), max(lengths)
+        assert high + T <= self.kv.size(4), f"the cache holds {self.kv.size(4)} tokens, not {high + T}"
+        assert low == high or T == 1, "rows of different lengths take one token at a time"
+        self.end = high + T
+        if low == high:
+            self.at, self.mask = slice(low, self.end), causal_mask(T, self.end, self.kv.device)
+            return self.at
+        self.at = torch.tensor(lengths, device=self.kv.device)
+        self.mask = (torch.arange(self.end, device=self.kv.device) <= self.at[:, None])[:, None, None]   # (B, 1, 1, end)
+        return self.at[:, None]
 
     def append(self, layer, k, v):
-        """Add k, v (B, H_kv, T, D) of the new tokens -> all of the layer's (B, H_kv, T_all, D)."""
-        end = self.length + k.size(2)
-        assert end <= self.kv.size(4), f"the cache holds {self.kv.size(4)} tokens, not {end}"
-        self.kv[layer, 0, :, :, self.length:end] = k
-        self.kv[layer, 1, :, :, self.length:end] = v
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+        """Add k, v (B, H_kv, T, D) of the new tokens -> the layer's keys and values (B, H_kv, end, D), and the mask."""
+        keys, values = self.kv[layer, 0, :self.used, :, :self.end], self.kv[layer, 1, :self.used, :, :self.end]
+        for kept, new in ((keys, k), (values, v)):
+            if isinstance(self.at, slice):
+                kept[:, :, self.at] = new
+            else:
+                kept[torch.arange(self.used, device=kept.device), :, self.at] = new[:, :, 0]
+        return keys, values, self.mask
 
     def advance(self, T):
         """Count T tokens as seen; once per forward pass, when every layer has appended."""
-        self.length += T
+        self.lengths[:self.used] = [length + T for length in self.lengths[:self.used]]
+
+    def copy(self, row, other, other_row, length):
+        """Row `row` becomes the first `length` tokens of a row of another cache, or of this one."""
+        self.kv[:, :, row, :, :length] = other.kv[:, :, other_row, :, :length]
+        self.lengths[row] = length
 
 
-def sample_next(logits, temperature, top_k, generator):
-    """
-    Draw one token for each row of logits (B, V) float32 -> (B,) int64.
-
-    temperature  0 = always the likeliest token; 1 = as the model has it; more = wilder
-    top_k        only so many of the likeliest tokens can be drawn; 0, or V and more = all
-    """
-    assert temperature >= 0 and top_k >= 0, f"temperature={temperature}, top_k={top_k}: not below 0"
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    ids = None
-    if 0 < top_k < logits.size(-1):
-        logits, ids = logits.topk(top_k, dim=-1)               # exactly k, whatever is tied
-    # below a millionth the division could overflow; there it is the likeliest token anyway
-    probs = torch.softmax(logits / max(temperature, 1e-6), dim=-1)
-    choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1), every row on its own
-    return (choice if ids is None else ids.gather(1, choice)).squeeze(1)
+def causal_mask(T, T_all, device):
+    """Which of T_all tokens the last T of them see, (T, T_all); None where attention knows: all of them are new, or one."""
+    return None if T in (1, T_all) else torch.ones(T, T_all, dtype=torch.bool, device=device).tril(T_all - T)
 
 
-@dataclass
+@dataclass(eq=False)
 class Reply:
     """
-    One reply while it is written: which token stands next, and when the calculator is asked.
+    One reply while it is written: how it is drawn, and when the calculator is asked.
+
+    temperature  0 = always the likeliest token; 1 = as the model has it; more = wilder
+    top_k        only so many of the likeliest tokens can be drawn; 0 = all
+    top_p        only the likeliest tokens that together have this probability can be drawn; 1 = all
 
     The model writes <|python_start|> expression <|python_end|>; then the result is put in as
     <|output_start|> result <|output_end|>, and the model goes on as if it had written that.
     """
     tokenizer: Tokenizer
-    unread: deque              # the rest of the prompt, where a shorter one sets the pace
-    left: int                  # tokens it may still get, drawn or forced
+    prompt: list               # ids
+    left: int = 256            # tokens it may still get, drawn or forced
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    generator: torch.Generator | None = None                   # of its own random numbers, made when it joins
     forced: deque = field(default_factory=deque)               # the calculator's answer, still to be put in
     call: list | None = None   # tokens of the open expression; None outside of one
 
+    def __post_init__(self):
+        assert self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1, \
+            f"temperature={self.temperature}, top_k={self.top_k}: not below 0; top_p={self.top_p}: above 0, at most 1"
+
     def take(self, drawn):
-        """Settle on the next token -> (token, is it part of the reply, was it drawn)."""
-        if self.unread:
-            return self.unread.popleft(), False, False
-        if self.left == 0:                                     # ended: any token, nobody looks
-            return self.tokenizer.bos, False, False
+        """Settle on the next token -> (token, was it drawn)."""
         self.left -= 1
         if self.forced:
-            return self.forced.popleft(), True, False
+            return self.forced.popleft(), False
         special = self.tokenizer.special
         if drawn in (special("<|assistant_end|>"), special("<|bos|>")):
             self.left = 0
@@ -104,7 +126,116 @@ class Reply:
                 self.forced.extend([special("<|output_start|>"), *output, special("<|output_end|>")])
         elif self.call is not None:
             self.call.append(drawn)
-        return drawn, True, True
+        return drawn, True
+
+
+def draw(logits, replies):
+    """
+    One token for each row of logits (B, V) float32, as its reply wants it -> list of B ids.
+
+    A logit less the logarithm of an exponential random number is highest at token i with just the
+    probability softmax(logits)[i]: so a row needs V random numbers of its own, and nothing of other rows.
+    source: the Gumbel-max trick, arXiv 1411.0030
+    """
+    best, V = logits.argmax(dim=-1), logits.size(-1)
+    if all(reply.temperature == 0 for reply in replies):
+        return best.tolist()
+    temperature, top_p = (torch.tensor([[getattr(reply, name)] for reply in replies], device=logits.device)
+                          for name in ("temperature", "top_p"))
+    top_k = torch.tensor([[reply.top_k if 0 < reply.top_k < V else V] for reply in replies], device=logits.device)
+    logits = logits / temperature.clamp(min=1e-6)              # below a millionth the division could overflow
+    whole = (top_k == V) & (top_p == 1)
+    if not whole.all():
+        ranks = int(top_k[~whole].max())
+        values, ids = logits.topk(ranks, dim=-1)               # exactly k, whatever is tied
+        values = values.masked_fill(torch.arange(ranks, device=logits.device) >= top_k, -torch.inf)
+        probs = torch.softmax(values, dim=-1)
+        values = values.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, -torch.inf)
+        logits = torch.where(whole, logits, torch.full_like(logits, -torch.inf).scatter(1, ids, values))
+    noise = torch.stack([torch.empty(V, device=logits.device).exponential_(generator=reply.generator) for reply in replies])
+    drawn = (logits - noise.clamp(min=1e-38).log()).argmax(dim=-1)
+    return torch.where(temperature[:, 0] == 0, best, drawn).tolist()
+
+
+class Batch:
+    """
+    Replies that are written side by side, in the rows of one cache.
+
+    A reply added waits until a row is free; its prompt is read, `piece` tokens a step, while the others go on; then it
+    joins them. One that is over leaves, and the last row moves to its place.
+    """
+
+    def __init__(self, model, slots, max_len, piece=0):
+        self.model, self.slots, self.piece = model, slots, piece or max_len
+        self.cache = KVCache(model, slots, max_len)
+        self.waiting = deque()
+        self.reading = []      # replies whose prompts are being read, into a cache of their own
+        self.rows = []         # replies that are being written, in the order of the cache's rows
+        self.logits = None     # (B, V) of what follows in each row
+
+    def add(self, reply):
+        """A Reply joins; it ends when it has no tokens left to get, or max_len are reached."""
+        self.waiting.append(reply)
+
+    def remove(self, reply):
+        """Take a reply out, wherever it stands."""
+        if reply in self.waiting:
+            self.waiting.remove(reply)
+        reply.left = 0                                         # if its prompt is being read, it leaves when it joins
+
+    @torch.inference_mode()
+    def step(self):
+        """The next token of every reply that is being written -> list of (reply, token, was it drawn)."""
+        self.read()
+        drawn = draw(self.logits, self.rows) if self.rows else []
+        settled = [(reply, *reply.take(token)) for reply, token in zip(self.rows, drawn) if reply.left]
+        following = {reply: token for reply, token, _ in settled}
+        for row in reversed(range(len(self.rows))):            # the last token of a text is never looked up
+            reply = self.rows[row]
+            if reply.left == 0 or self.cache.lengths[row] + 1 >= self.cache.kv.size(4):
+                reply.left, last = 0, self.rows.pop()
+                if last is not reply:
+                    self.rows[row] = last
+                    self.cache.copy(row, self.cache, len(self.rows), self.cache.lengths[len(self.rows)])
+        if self.rows:
+            idx = torch.tensor([[following[reply]] for reply in self.rows], device=self.model.device)
+            self.cache.used = len(self.rows)
+            self.logits = self.model(idx, kv_cache=self.cache)[:, -1]
+        return settled
+
+    def read(self):
+        """Read a piece of the prompts of those who come in; at their end they have a row each and logits."""
+        if not self.reading:
+            self.reading = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.slots - len(self.rows)))]
+            self.prompts = list(dict.fromkeys(tuple(reply.prompt) for reply in self.reading))   # equal ones are read once
+            self.done, self.ends = 0, None
+        if not self.reading:
+            return
+        device, longest = self.model.device, max(map(len, self.prompts))
+        if self.done == 0:
+            self.read_cache = KVCache(self.model, len(self.prompts), longest)
+        piece = slice(self.done, min(self.done + self.piece, longest))
+        idx = torch.zeros(len(self.prompts), piece.stop - piece.start, dtype=torch.int64)
+        for row, prompt in zip(idx, self.prompts):             # filled up at the right, where a causal model sees nothing
+            row[:len(prompt[piece])] = torch.tensor(prompt[piece])
+        end = torch.tensor([len(prompt) - 1 for prompt in self.prompts])
+        logits = self.model(idx.to(device), kv_cache=self.read_cache,
+                            positions=(end - self.done).clamp(0, idx.size(1) - 1).to(device))
+        here = (end >= piece.start) & (end < piece.stop)
+        self.ends = logits if self.ends is None else torch.where(here[:, None].to(device), logits, self.ends)
+        self.done = piece.stop
+        if self.done < longest:
+            return
+        which = {prompt: i for i, prompt in enumerate(self.prompts)}
+        for reply in self.reading:
+            prompt = tuple(reply.prompt)
+            self.cache.copy(len(self.rows), self.read_cache, which[prompt], len(prompt))
+            reply.generator = torch.Generator(device).manual_seed(reply.seed)
+            self.rows.append(reply)
+        joined = self.ends[[which[tuple(reply.prompt)] for reply in self.reading]]
+        before = len(self.rows) - len(self.reading)
+        self.logits = torch.cat([self.logits, joined]) if before else joined
+        self.reading, self.read_cache = [], None
 
 
 class Engine:
@@ -116,72 +247,66 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.ends = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
 
-    @torch.inference_mode()
+    def replies(self, prompts, max_tokens, temperature, top_k, seed, top_p=1.0):
+        """
+        Replies to prompts, each with a seed of its own -> (list of Reply, tokens that the longest text may have).
+
+        raises ValueError, one line, when a prompt is empty or leaves no room for an answer
+        """
+        context, lengths = self.model.config.sequence_len, [len(prompt) for prompt in prompts]
+        if not 0 < min(lengths) <= max(lengths) < context:
+            raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens; the model takes "
+                             f"1 to {context - 1}, so that an answer fits into its context")
+        return [Reply(self.tokenizer, list(prompt), max_tokens, temperature, top_k, top_p, (seed << 20) + i)
+                for i, prompt in enumerate(prompts)], min(context, max(lengths) + max_tokens)
+
     def generate(self, prompts, max_tokens=256, temperature=1.0, top_k=0, seed=0):
         """
         Go on from prompts, a row each. The same prompt in several rows gives as many samples, each drawn by itself.
 
-        yields (tokens, drawn) per step, two lists with an entry per row: the token, None before the row's reply
-            begins and when it has ended; True where the model drew it, False where the calculator forced it.
+        yields (tokens, drawn) per step, two lists with an entry per row: the token, None when its reply has ended;
+            True where the model drew it, False where the calculator forced it.
             The <|assistant_end|> or <|bos|> that ends a reply is yielded too.
         ends when all rows have, or after max_tokens of each, or where the model's context is full
         raises ValueError, one line, when a prompt is empty or leaves no room for an answer
         """
-        context = self.model.config.sequence_len
-        lengths = [len(prompt) for prompt in prompts]
-        if not 0 < min(lengths) <= max(lengths) < context:
-            raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens; the model takes "
-                             f"1 to {context - 1}, so that an answer fits into its context")
-        generator = torch.Generator(self.model.device).manual_seed(seed)
-        last = min(context, max(lengths) + max_tokens)         # tokens the longest text may have
-        rows = [Reply(self.tokenizer, deque(prompt[min(lengths):]), max_tokens) for prompt in prompts]
-        cache, logits = self.prefill(prompts, min(lengths), last)
-        while True:
-            drawn = sample_next(logits, temperature, top_k, generator).tolist()
-            settled = [row.take(token) for row, token in zip(rows, drawn)]
-            if any(shown for _, shown, _ in settled):
-                yield ([token if shown else None for token, shown, _ in settled],
-                       [was_drawn for _, _, was_drawn in settled])
-            # the last token of a text is never looked up, so it needs no pass and no place
-            if cache.length + 1 >= last or not any(row.left for row in rows):
-                return
-            idx = torch.tensor([[token] for token, _, _ in settled], device=self.model.device)
-            logits = self.model(idx, kv_cache=cache)[:, -1]    # (B, V)
+        replies, longest = self.replies(prompts, max_tokens, temperature, top_k, seed)
+        batch = Batch(self.model, len(replies), longest)
+        for reply in replies:
+            batch.add(reply)
+        while any(reply.left for reply in replies):
+            settled = {reply: (token, drawn) for reply, token, drawn in batch.step()}
+            rows = [settled.get(reply, (None, False)) for reply in replies]
+            yield [token for token, _ in rows], [drawn for _, drawn in rows]
 
     def generate_batch(self, prompts, max_tokens=256, temperature=0.0, top_k=0, seed=0, batch_size=16):
         """
         One reply to each of many prompts -> list of ids in the same order, the end token left out.
 
-        At temperature 0 the replies are those of generate, up to rounding. batch_size rows are
-        held in memory at once; prompts of about equal length share a batch.
+        The replies are those of generate, up to rounding. batch_size rows are held in memory at once, fewer where it
+        runs out; prompts of about equal length share a batch, and the next one joins when one is over.
         """
-        def reply(batch):
-            replies = [[] for _ in batch]
-            for tokens, _ in self.generate(batch, max_tokens, temperature, top_k, seed + len(done)):
-                for tokens_so_far, token in zip(replies, tokens):
-                    if token is not None and token not in self.ends:
-                        tokens_so_far.append(token)
-            return replies
+        if not prompts:
+            return []
+        try:
+            return self.write(prompts, max_tokens, temperature, top_k, seed, batch_size)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+        return self.generate_batch(prompts, max_tokens, temperature, top_k, seed, min(batch_size, len(prompts)) // 2)
 
-        order, done = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-        for start in range(0, len(order), batch_size):
-            rows = order[start:start + batch_size]
-            done.update(zip(rows, in_halves(reply, [prompts[i] for i in rows])))
-        return [done[i] for i in range(len(prompts))]
-
-    def prefill(self, prompts, length, max_len):
-        """The first `length` tokens of every prompt -> (cache, logits (B, V) of what follows)."""
-        B = len(prompts)
-        once = B > 1 and all(prompt == prompts[0] for prompt in prompts)        # samples of one prompt
-        idx = torch.tensor([prompt[:length] for prompt in (prompts[:1] if once else prompts)], device=self.model.device)
-        cache = KVCache(self.model, len(idx), length if once else max_len)
-        end = torch.full((len(idx),), length - 1, device=self.model.device)
-        logits = self.model(idx, kv_cache=cache, positions=end)    # not of the whole prompt: (B, V)
-        if once:                                                # computed once, then copied into every row
-            one, cache = cache, KVCache(self.model, B, max_len)
-            cache.kv[..., :length, :], cache.length = one.kv, length
-            logits = logits.expand(B, -1)
-        return cache, logits
+    def write(self, prompts, max_tokens, temperature, top_k, seed, batch_size):
+        """generate_batch with just so many rows."""
+        replies, longest = self.replies(prompts, max_tokens, temperature, top_k, seed)
+        written = {reply: [] for reply in replies}
+        batch = Batch(self.model, min(batch_size, len(replies)), longest)
+        for reply in sorted(replies, key=lambda reply: len(reply.prompt)):
+            batch.add(reply)
+        while any(reply.left for reply in replies):
+            for reply, token, _ in batch.step():
+                if token not in self.ends:
+                    written[reply].append(token)
+        return list(written.values())
 
 
 class TextStream:

@@ -128,12 +128,11 @@ class Attention(nn.Module):
         # norm after the turn: the attention scores are bounded, which keeps training steady
         q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        mask = None
         if kv_cache is not None:
-            k, v = kv_cache.append(self.layer, k, v)                       # (B, H_kv, T_all, D)
-        T_all = k.size(2)
-        whole, last = T_all == T, T == 1           # nothing came before; one token, which sees all
-        mask = None if whole or last else torch.ones(T, T_all, dtype=torch.bool, device=x.device).tril(T_all - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole and not last,
+            k, v, mask = kv_cache.append(self.layer, k, v)                 # (B, H_kv, T_all, D) both
+        # without a mask nothing came before the T tokens, or T is 1, which sees all
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                            enable_gqa=self.n_kv_head != self.n_head)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -251,10 +250,10 @@ class GPT(nn.Module):
 
     def trunk(self, idx, kv_cache=None):
         """Everything but the output head: (B, T) int64 -> (B, T, C), normalised."""
-        start = 0 if kv_cache is None else kv_cache.length
         T = idx.size(1)
-        assert start + T <= self.config.sequence_len, f"{start + T} tokens in a context of {self.config.sequence_len}"
-        cos, sin = self.cos[:, start:start + T], self.sin[:, start:start + T]
+        assert T <= self.config.sequence_len, f"{T} tokens in a context of {self.config.sequence_len}"
+        at = slice(T) if kv_cache is None else kv_cache.begin(T)           # the positions of these tokens
+        cos, sin = self.cos[0, at], self.sin[0, at]
         x = norm(self.transformer.wte(idx).to(self.compute_dtype))
         for block in self.transformer.h:
             if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from engine import KVCache
+from engine import KVCache, causal_mask
 from evals.metrics import centered, choose, ticket_of
 from plumbing.common import RANK, WORLD_SIZE, base_path
 from plumbing.download import download, locked
@@ -224,9 +224,12 @@ class SharedPrefix(NamedTuple):
     items: torch.Tensor        # (R,) int64: the item that each row of choices is of
     length: int                # tokens of the prefix
 
+    def begin(self, T):
+        return slice(self.length, self.length + T)
+
     def append(self, layer, k, v):
-        kept = self.cache.kv[layer][:, self.items]           # (2, R, H, length, D), of one layer
-        return torch.cat((kept[0], k), dim=2), torch.cat((kept[1], v), dim=2)
+        kept, T = self.cache.kv[layer][:, self.items], k.size(2)     # (2, R, H, length, D), of one layer
+        return torch.cat((kept[0], k), dim=2), torch.cat((kept[1], v), dim=2), causal_mask(T, self.length + T, k.device)
 
     def advance(self, T):
         """Nothing is kept of the choices."""

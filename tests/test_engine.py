@@ -1,10 +1,11 @@
 """Generation: the cache changes nothing, samples are independent, the tool is forced in."""
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from engine import Engine, KVCache, TextStream, printable, sample_next, text_of
+from engine import Batch, Engine, KVCache, Reply, TextStream, draw, printable, text_of
 from model import GPT, GPTConfig
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -38,9 +39,10 @@ class Scripted:
         kv_cache.advance(idx.size(1))
         self.seen += idx.tolist() if len(idx) == 1 else []
         logits = torch.zeros(*idx.shape, self.config.vocab_size)
-        for row, token in enumerate(idx[:, -1].tolist()):
-            logits[row, -1, self.follow(token)] = 30.0
-        return logits if positions is None else logits[:, -1]
+        ends = torch.full((len(idx),), idx.size(1) - 1) if positions is None else positions
+        for row, end in enumerate(ends.tolist()):
+            logits[row, end, self.follow(int(idx[row, end]))] = 30.0
+        return logits if positions is None else logits[torch.arange(len(idx)), positions]
 
 
 def speaks(ids):
@@ -80,7 +82,7 @@ def test_cached_logits_equal_the_full_forward(n_kv_head):
         for pieces in ([40], [1] * 40, [17, 1, 1, 9, 12]):         # at once, one by one, mixed
             cache = KVCache(model, 3, 40)
             parts = [model(x, kv_cache=cache) for x in idx.split(pieces, dim=1)]
-            assert cache.length == 40
+            assert cache.lengths == [40] * 3
             torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-4, rtol=0)
 
 
@@ -129,36 +131,97 @@ def test_same_seed_same_output():
     assert run(engine, ids_of("abc"), seed=8, **options) != first
 
 
-def test_temperature_and_top_k_at_their_edges():
+def wishes(n, seed=1, **options):
+    """n replies that only want to draw."""
+    replies = [Reply(TOKENIZER, [0], seed=seed + i, **options) for i in range(n)]
+    for reply in replies:
+        reply.generator = torch.Generator().manual_seed(reply.seed)
+    return replies
+
+
+def test_temperature_top_k_and_top_p_at_their_edges():
     logits = torch.randn(64, 50)
-    best = logits.argmax(dim=-1)
+    best = logits.argmax(dim=-1).tolist()
 
-    def draw(temperature, top_k):
-        return sample_next(logits, temperature, top_k, torch.Generator().manual_seed(1))
+    def drawn(**options):
+        return draw(logits, wishes(64, **options))
 
-    assert torch.equal(draw(0.0, 0), best)
-    assert torch.equal(draw(0.0, 5), best)
-    assert torch.equal(draw(1.0, 1), best)
-    assert torch.equal(draw(1e-300, 0), best)                      # no overflow, no nan
-    assert not torch.equal(draw(1.0, 0), best)
-    assert torch.equal(draw(1.0, 50), draw(1.0, 0))                # all of them = off
-    assert torch.equal(draw(1.0, 10**9), draw(1.0, 0))
+    assert drawn(temperature=0.0) == drawn(temperature=0.0, top_k=5) == drawn(top_k=1) == best
+    assert drawn(temperature=1e-300) == drawn(top_p=1e-9) == best              # no overflow, no nan, always one left
+    free = drawn()
+    assert free != best and free == drawn(top_k=50) == drawn(top_k=10**9)      # all of them = off
     third = logits.topk(3).values[:, -1]
-    assert (logits.gather(1, draw(5.0, 3)[:, None])[:, 0] >= third).all()
+    assert (logits.gather(1, torch.tensor(drawn(temperature=5.0, top_k=3))[:, None])[:, 0] >= third).all()
     # ties at the border: still only two of the four can come
-    tied = torch.zeros(1000, 4)
-    assert len(set(sample_next(tied, 1.0, 2, None).tolist())) == 2
-    for wrong in (-0.1, float("nan")):
+    assert len(set(draw(torch.zeros(1000, 4), wishes(1000, top_k=2)))) == 2
+    half = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().expand(1000, -1)
+    assert set(draw(half, wishes(1000, top_p=0.6))) == {0, 1} and set(draw(half, wishes(1000, top_p=0.95))) == {0, 1, 2, 3}
+    for wrong in (dict(temperature=-0.1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.1)):
         with pytest.raises(AssertionError, match="temperature"):
-            draw(wrong, 0)
+            wishes(1, **wrong)
 
 
-def test_rows_leave_the_logits_alone():
-    """sample_next is used on logits that are shared by all samples of a prompt."""
-    logits = torch.randn(1, 50)
+def test_a_row_is_drawn_as_if_it_were_alone():
+    logits, many = torch.randn(5, 50), [dict(), dict(top_k=3), dict(temperature=0.0), dict(top_p=0.5), dict(temperature=2.0)]
+    together = [reply for options in many for reply in wishes(1, **options)]
+    alone = [draw(logits[i:i + 1], wishes(1, **options))[0] for i, options in enumerate(many)]
     before = logits.clone()
-    sample_next(logits.expand(4, -1), 0.7, 5, None)
-    assert torch.equal(logits, before)
+    assert draw(logits, together) == alone and torch.equal(logits, before)
+
+
+def test_replies_that_join_and_leave_at_any_moment_are_the_same(seed=5):
+    """Greedy and drawn ones, prompts of all lengths, three rows, pieces of four tokens, some taken out in between."""
+    random.seed(seed)
+    model = tiny_model()
+    engine = Engine(model, TOKENIZER)
+
+    def reply(i):
+        rng = random.Random(i)
+        prompt = [rng.randrange(256) for _ in range(rng.randint(1, 40))]
+        return Reply(TOKENIZER, prompt, rng.randint(1, 30), temperature=rng.choice((0.0, 1.0)), top_k=rng.choice((0, 9)), seed=i)
+
+    def alone(i):
+        batch = Batch(model, 1, CONTEXT)
+        batch.add(one := reply(i))
+        tokens = []
+        while one.left:
+            tokens += [token for _, token, _ in batch.step()]
+        return tokens
+
+    batch, replies, written = Batch(model, 3, CONTEXT, piece=4), [], {}
+    while len(replies) < 25 or any(one.left for one in replies):
+        if len(replies) < 25 and random.random() < 0.4:
+            replies.append(reply(len(replies)))
+            written[replies[-1]] = []
+            batch.add(replies[-1])
+        if replies and random.random() < 0.03:
+            batch.remove(random.choice(replies))
+        for one, token, _ in batch.step():
+            written[one].append(token)
+    whole = 0
+    for i, one in enumerate(replies):
+        expected = alone(i)
+        assert written[one] == expected[:len(written[one])]
+        whole += written[one] == expected
+    assert whole > 15 and not batch.rows and not batch.reading and not batch.waiting
+    prompt = reply(3).prompt
+    assert run(engine, prompt, max_tokens=20, temperature=0.0)[0][0] == greedy_without_cache(model, prompt, 20)
+
+
+def test_memory_that_runs_out_takes_fewer_rows(monkeypatch):
+    rows = []
+    create = KVCache.__init__
+
+    def limited(self, model, B, max_len):
+        rows.append(B)
+        if B > 2:
+            raise torch.OutOfMemoryError("full")
+        create(self, model, B, max_len)
+
+    engine, prompts = Engine(tiny_model(), TOKENIZER), [ids_of(text) for text in ("one", "two", "three", "x", "yy")]
+    expected = engine.generate_batch(prompts, max_tokens=5)
+    monkeypatch.setattr(KVCache, "__init__", limited)
+    assert engine.generate_batch(prompts, max_tokens=5) == expected and rows[:2] == [5, 2]
 
 
 def test_generation_ends_where_the_context_does():

@@ -1,0 +1,145 @@
+"""
+Speed of generation: our engine beside a cache that grows by concatenation, and beside no cache at all.
+
+All three draw the likeliest token of the same random model after the same random prompts, in turns. The last
+table is what one cache with rows that join and leave is for: requests of different lengths, all at once
+and one after the other.
+
+run     python -m bench.engine
+        python -m bench.engine --depths=8 --batches=8 --contexts=1024
+"""
+from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
+import statistics
+import time
+from types import SimpleNamespace
+
+import torch
+
+from engine import Batch, Reply, causal_mask
+from model import GPT, GPTConfig
+from plumbing.budget import model_shape
+from plumbing.configurator import configure
+from plumbing.machine import start
+
+depths = "2,8"                 # sizes of model
+batches = "1,8"                # rows at a time
+contexts = "64,1024"           # tokens of prompt and reply together; half of them are prompt
+vocab_size = 4096
+new_tokens = 16                # tokens of a row that are timed
+no_cache = True                # 0 = leave out the way without a cache, which is slow
+turns = 3                      # each way is timed so often, in turns; the middle one counts
+device = ""                    # cuda, mps or cpu; "" = the best there is
+dtype = ""                     # float32 or bfloat16; "" = bfloat16 on a GPU that has it, else float32
+config = configure(globals(), show=False)
+
+# ends no reply and knows no calculator: only the model's time counts
+TOKENIZER = SimpleNamespace(special=lambda name: -1, encode=lambda text: [], decode=lambda ids: "")
+
+
+class GrowingCache:
+    """The plain way: each token's keys and values are put behind the others, in new memory."""
+
+    def __init__(self):
+        self.layers, self.length = {}, 0
+
+    def begin(self, T):
+        return slice(self.length, self.length + T)
+
+    def append(self, layer, k, v):
+        if layer in self.layers:
+            k, v = (torch.cat((old, new), dim=2) for old, new in zip(self.layers[layer], (k, v)))
+        self.layers[layer] = k, v
+        return k, v, causal_mask(k.size(2) - self.length, k.size(2), k.device)
+
+    def advance(self, T):
+        self.length += T
+
+
+def ours(model, prompts, count):
+    batch = Batch(model, len(prompts), len(prompts[0]) + count + 1)
+    for prompt in prompts:
+        batch.add(Reply(TOKENIZER, prompt, count + 1, temperature=0.0))
+    batch.step()
+    yield
+    yield [[token for _, token, _ in batch.step()] for _ in range(count)]
+
+
+@torch.inference_mode()
+def growing(model, prompts, count):
+    cache, idx, tokens = GrowingCache(), torch.tensor(prompts, device=model.device), []
+    idx = model(idx, kv_cache=cache)[:, -1].argmax(dim=-1, keepdim=True)
+    yield
+    for _ in range(count):
+        idx = model(idx, kv_cache=cache)[:, -1].argmax(dim=-1, keepdim=True)
+        tokens.append(idx[:, 0].tolist())
+    yield tokens
+
+
+@torch.inference_mode()
+def uncached(model, prompts, count):
+    idx, tokens = torch.tensor(prompts, device=model.device), []
+    idx = torch.cat((idx, model(idx)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+    yield
+    for _ in range(count):
+        idx = torch.cat((idx, model(idx)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+        tokens.append(idx[:, -1].tolist())
+    yield tokens
+
+
+def seconds_of(way, *args):
+    """(seconds of the tokens after the first, these tokens) of one way to go on from prompts."""
+    steps = way(*args)
+    next(steps)                                                  # the prompt is read
+    machine.synchronize()
+    clock = time.perf_counter()
+    tokens = next(steps)
+    machine.synchronize()
+    return time.perf_counter() - clock, tokens
+
+
+def written(model, requests, slots):
+    """Seconds that requests (prompt, tokens wanted) take, so many at a time."""
+    batch = Batch(model, slots, max(len(prompt) + count for prompt, count in requests))
+    for prompt, count in requests:
+        batch.add(Reply(TOKENIZER, prompt, count, temperature=0.0))
+    machine.synchronize()
+    clock = time.perf_counter()
+    while batch.waiting or batch.rows or batch.reading:
+        batch.step()
+    machine.synchronize()
+    return time.perf_counter() - clock
+
+
+machine = start(device, dtype)
+print(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads, vocabulary {vocab_size:,}; tokens per second")
+ways = dict(ours=ours, growing=growing, **({"no cache": uncached} if no_cache else {}))
+print(f"{'model':8}{'batch':>6}{'context':>9}" + "".join(f"{name:>12}" for name in ways) + "".join(
+    f"   ours / {name}" for name in list(ways)[1:]))
+for depth in map(int, depths.split(",")):
+    model = GPT(GPTConfig(sequence_len=max(map(int, contexts.split(","))), vocab_size=vocab_size, **model_shape(depth)),
+                machine.dtype).to(machine.device)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    for B in map(int, batches.split(",")):
+        for context in map(int, contexts.split(",")):
+            length = max(1, min(context // 2, context - new_tokens - 1))
+            prompts = torch.randint(vocab_size, (B, length), generator=torch.Generator().manual_seed(1)).tolist()
+            timed = {name: [] for name in ways}
+            for _ in range(turns):
+                tokens = {}
+                for name, way in ways.items():
+                    seconds, tokens[name] = seconds_of(way, model, prompts, new_tokens)
+                    timed[name].append(seconds)
+            same = machine.dtype_name != "float32" or all(tokens[name] == tokens["ours"] for name in ways)
+            speed = {name: B * new_tokens / statistics.median(times) for name, times in timed.items()}
+            print(f"d{depth:<7}{B:6}{context:9,}" + "".join(f"{speed[name]:12,.0f}" for name in ways) + "".join(
+                f"{speed['ours'] / speed[name]:{10 + len(name)}.2f}" for name in list(ways)[1:]) + ("" if same else "  other tokens"))
+    context = model.config.sequence_len
+    requests = [([i] * (context // 16 * (i + 1)), context // 4 - i * context // 64) for i in range(8)]
+    total, slots, alone = sum(count for _, count in requests), [], []
+    for _ in range(turns):
+        slots.append(written(model, requests, 8))
+        alone.append(sum(written(model, [request], 1) for request in requests))
+    slots, alone = (total / statistics.median(times) for times in (slots, alone))
+    print(f"d{depth}: 8 requests of different lengths, prompts read: {slots:,.0f} together, {alone:,.0f} one after the other, "
+          f"{slots / alone:.2f}x")
