@@ -4,7 +4,7 @@ What only a GPU can answer, measured in order of worth: bash bench/gpu_day.sh ru
 Every measurement is a line in results.jsonl, also one that failed. Without a GPU the sizes are those of toys: that
 everything runs is then all that is seen.
 
-reads   <out>/results.jsonl, of earlier starts; base_data/, tokenizer/ and task_data/ of NANOCHAT_BASE_DIR, or embedded text
+reads   <out>/results.jsonl of earlier starts; in NANOCHAT_BASE_DIR base_data/, tokenizer/, task_data/, or embedded text
 writes  <out>/results.jsonl, table.md, log.txt; checkpoints below NANOCHAT_BASE_DIR
 """
 import contextlib
@@ -29,6 +29,7 @@ out = ""                       # folder of the results
 minutes = 0.0                  # begin nothing that would end later, and end what does; 0 = all the time it takes
 part = ""                      # names or numbers of parts, with commas between; "" = all
 commit = ""                    # of this code, for the results
+gpu = False                    # 1 = this machine has one: a torch that can't use it is an error
 limit = 480                    # seconds after which a single measurement is ended
 config = configure(globals(), show=False)
 
@@ -43,28 +44,29 @@ PARTS = {                      # number, name: what it answers
     "cards": "the micro-batch on smaller cards, played on this one",
 }
 TOKENIZER = {"stages", "resume", "curve"}          # parts that need one, and with it rustbpe
-# in order of worth: part, measurement, seconds it may take on an H200 (a guess until the first day: results.jsonl knows)
-GPU_ITEMS = [
-    *(("stages", name, seconds) for name, seconds in dict(
-        text=30, base_train=150, mid_train=110, chat_sft=70, base_eval=50, chat_eval=70, chat_cli=20, report=10).items()),
-    ("fit", "d12", 90), ("bench", "d12", 150), ("fit", "d20", 150), ("bench", "d20", 300), ("memory", "d12", 60),
-    ("cards", "d12 on 12 GB", 130), ("resume", "d6", 150), ("curve", "d12", 200), ("decode", "d12", 30),
-    ("cards", "d20 on 24 GB", 240), ("fit", "d16", 120), ("bench", "d16", 240), ("cards", "d20 on 40 GB", 180),
-    ("fit", "d14", 100), ("bench", "d14", 200), ("fit", "d18", 140), ("bench", "d18", 270), ("memory", "d20", 90),
-    ("cards", "d14 on 40 GB", 120), ("cards", "d12 on 16 GB", 90), ("cards", "d16 on 24 GB", 150), ("memory", "d14", 70),
-    ("cards", "d16 on 16 GB", 150), ("cards", "d18 on 24 GB", 180), ("cards", "d18 on 40 GB", 180), ("decode", "d20", 40),
-]
-TOY_ITEMS = [(name, item, seconds) for name, item, seconds in GPU_ITEMS if name == "stages"] + [
-    ("fit", "d1", 15), ("bench", "d1", 30), ("memory", "d1", 10), ("decode", "d1", 10), ("resume", "d1", 40), ("curve", "d1", 40),
-    ("cards", "d1 on 12 GB", 10)]
-BENCH = {"d12": "--max_seq_len=1024 --rows=128 --device_batch_size=64"}          # the others:
+# in order of worth: part, measurement, seconds it may take (a guess for an H200, until results.jsonl of one is seen)
+GPU_DAY = """
+    stages text 30, stages base_train 150, stages mid_train 110, stages chat_sft 70, stages base_eval 50,
+    stages chat_eval 70, stages chat_cli 20, stages report 10, fit d12 90, bench d12 150, fit d20 150, bench d20 300,
+    memory d12 60, cards d12-in-12GB 130, resume d6 150, curve d12 200, decode d12 30, cards d20-in-24GB 240,
+    fit d16 120, bench d16 240, cards d20-in-40GB 180, fit d14 100, bench d14 200, fit d18 140, bench d18 270,
+    memory d20 90, cards d14-in-40GB 120, cards d12-in-16GB 90, cards d16-in-24GB 150, memory d14 70,
+    cards d16-in-16GB 150, cards d18-in-24GB 180, cards d18-in-40GB 180, decode d20 40"""
+TOY_DAY = """
+    stages text 15, stages base_train 15, stages mid_train 30, stages chat_sft 30, stages base_eval 15,
+    stages chat_eval 20, stages chat_cli 10, stages report 10, fit d1 15, bench d1 30, memory d1 10, decode d1 10,
+    resume d1 40, curve d1 40, cards d1-in-12GB 10"""
+# what the parts that train run with
+BASE = "--depth=12 --max_seq_len=1024 --total_batch_size=524288 --num_iterations=40"
+BASE_TOY = "--depth=1 --head_dim=32 --max_seq_len=256 --total_batch_size=2048 --num_iterations=5 --dtype=float32"
+TOY = "--head_dim=32 --max_seq_len=64 --total_batch_size=512 --dtype=float32"
+BENCH = {"d12": "--max_seq_len=1024 --rows=128 --device_batch_size=64"}          # of other depths:
 BENCH_2048 = "--max_seq_len=2048 --rows=64 --device_batch_size=16"
 BENCH_TOY = "--max_seq_len=32 --vocab_size=256 --rows=4 --steps=1 --turns=1"
-
-
 # of the stages: where those that train leave their models, and which one each needs
 FOLDERS = dict(base_train="base_checkpoints", mid_train="mid_checkpoints", chat_sft="chatsft_checkpoints")
-NEEDS = dict(mid_train="base_train", base_eval="base_train", chat_sft="mid_train", chat_eval="chat_sft", chat_cli="chat_sft", report="chat_sft")
+NEEDS = dict(mid_train="base_train", base_eval="base_train", chat_sft="mid_train", chat_eval="chat_sft",
+             chat_cli="chat_sft", report="chat_sft")
 
 
 class Failed(Exception):
@@ -82,8 +84,8 @@ def call(argv, ends, kill_when=None):
     begin, killed, name = log.tell(), False, argv[argv[0].startswith("-")]
     print(f"\n$ python {' '.join(argv)}", file=log, flush=True)
     # a group of its own; it keeps the lock, so that what outlives us is not overlooked at the next start
-    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                               preexec_fn=os.setpgrp, pass_fds=[lock.fileno()])
+    process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log,
+                               stderr=subprocess.STDOUT, preexec_fn=os.setpgrp, pass_fds=[lock.fileno()])
     os.pwrite(lock.fileno(), f"{process.pid:<10}".encode(), 0)
     try:
         while process.poll() is None and time.monotonic() < ends:
@@ -130,21 +132,20 @@ def stages(item, ends):
     if item in NEEDS and not glob.glob(base_path(FOLDERS[NEEDS[item]], "day", "meta_*.json")):
         stages(NEEDS[item], ends)                                # its result came from another machine, or is no more
         clock = time.monotonic()
-    own = [f"--embedded={int(not os.path.isdir(base_path('task_data')))}"]
-    steps, few = (3, 1) if toy else (20, 20)
-    small = ["--spelling_rows=200", "--spelling_bee_rows=50", "--identity_rows=100"] if toy else ["--spelling_rows=30000"]
+    steps, few, base = (3, 1, BASE_TOY) if toy else (20, 20, BASE)
+    tasks = f"--embedded={int(not os.path.isdir(base_path('task_data')))}"
+    rows = "--spelling_rows=200 --spelling_bee_rows=50 --identity_rows=100" if toy else "--spelling_rows=30000"
     argv = dict(
-        base_train=["base_train.py", "--core_metric_every=0", *(
-            ["--depth=1", "--head_dim=32", "--max_seq_len=256", "--total_batch_size=2048", "--num_iterations=5", "--dtype=float32"] if toy
-            else ["--depth=12", "--max_seq_len=1024", "--total_batch_size=524288", "--num_iterations=40"])],
-        mid_train=["mid_train.py", "--source_tag=day", *own, *small, f"--num_iterations={steps}", "--assistant_name=nanochat"],
-        chat_sft=["chat_sft.py", "--source_tag=day", *own, f"--num_iterations={steps}", "--eval_examples=20",
-                  f"--eval_metrics_max_problems={few}"],
-        base_eval=["base_eval.py", "--tasks=bpb,samples"],
-        chat_eval=["chat_eval.py", *own, f"--max_problems={few}", f"--max_tokens={4 * few}"],
-        chat_cli=["chat_cli.py", "--prompt=Who are you?", "--max_tokens=16"],
-        report=["report.py", "--copy_to="],
+        base_train=f"{base} --core_metric_every=0",
+        mid_train=f"--source_tag=day {tasks} {rows} --num_iterations={steps} --assistant_name=nanochat",
+        chat_sft=f"--source_tag=day {tasks} --num_iterations={steps} --eval_examples=20 "
+                 f"--eval_metrics_max_problems={few}",
+        base_eval="--tasks=bpb,samples",
+        chat_eval=f"{tasks} --max_problems={few} --max_tokens={4 * few}",
+        chat_cli="--prompt=Hello --max_tokens=16",
+        report="--copy_to=",
     )[item]
+    argv = [f"{item}.py", *argv.split()]
     if item in FOLDERS:
         return trained(*train(FOLDERS[item], "day", argv, ends))
     call([*argv, "--model_tag=day"], ends)
@@ -181,16 +182,17 @@ def trained(seconds, meta, log_rows, said):
     steps = [row for row in log_rows if "loss" in row]
     later = steps[len(steps) // 2:]                              # the first ones compile
     compiled = not toy and meta["config"].get("compile_model", False) and "torch.compile fails" not in said
-    return dict(seconds=seconds, steps=len(steps), dtype=meta["machine"]["dtype"], compiled=compiled, micro_batch=meta["device_batch_size"],
+    return dict(seconds=seconds, steps=len(steps), dtype=meta["machine"]["dtype"], compiled=compiled,
+                micro_batch=meta["device_batch_size"],
                 tokens_per_second=statistics.median(row["tokens_per_second"] for row in later),
-                mfu=statistics.median(row["mfu"] for row in later) if later[0]["mfu"] else None, peak_bytes=meta["peak_memory"],
-                first_loss=steps[0]["loss"], last_loss=steps[-1]["loss"])
+                mfu=statistics.median(row["mfu"] for row in later) if later[0]["mfu"] else None,
+                peak_bytes=meta["peak_memory"], first_loss=steps[0]["loss"], last_loss=steps[-1]["loss"])
 
 
 def measured(what, item, ends):
-    """What bench/measure.py measures: "d20" or, on a card that is played, "d20 on 24 GB"."""
-    depth, _, card = item.partition(" on ")
-    played = [f"--gigabytes={card.split()[0]}"] if card else []
+    """What bench/measure.py measures: "d20" or, on a card that is played, "d20-in-24GB"."""
+    depth, _, card = item.partition("-in-")
+    played = [f"--gigabytes={card[:-2]}"] if card else []
     return last_json(call(["-m", "bench.measure", f"--what={what}", f"--depth={depth[1:]}", *played], ends))
 
 
@@ -205,8 +207,8 @@ def bench(item, ends):
     rows = {}
     for one in found:
         row = rows[one["variant"], one["mode"]] = {key: one.get(key) for key in (
-            "variant", "mode", "dtype", "sequence_len", "device_batch_size", "tokens_per_second", "mfu", "peak_bytes", "startup_seconds",
-            "loss", "failed")}
+            "variant", "mode", "dtype", "sequence_len", "device_batch_size", "tokens_per_second", "mfu", "peak_bytes",
+            "startup_seconds", "loss", "failed")}
     for (variant, mode), row in rows.items():
         plain = rows.get(("reference", mode), {})
         if variant == "ours" and not row["failed"] and plain and not plain["failed"]:
@@ -216,12 +218,12 @@ def bench(item, ends):
 
 
 def resume(item, ends):
-    """Kill a run with signal 9, resume it, and compare with one that ran through; if they differ, with a second such run."""
+    """A run that was killed with signal 9 and resumed, beside one that ran through; if they differ, beside a second."""
     make_text(ends)
-    steps, save, size = (12, 4, ["--head_dim=32", "--max_seq_len=64", "--total_batch_size=512", "--dtype=float32"]) if toy else \
-        (60, 20, ["--max_seq_len=1024", "--total_batch_size=65536"])
-    argv = ["base_train.py", f"--depth={item[1:]}", *size, f"--num_iterations={steps}", f"--save_every={save}", "--sample_every=0",
-            "--core_metric_every=0", "--final_eval_tokens=8192"]
+    steps, save, size = (12, 4, TOY) if toy else (60, 20, "--max_seq_len=1024 --total_batch_size=65536")
+    argv = f"base_train.py --depth={item[1:]} {size} --num_iterations={steps} --save_every={save} --sample_every=0 " \
+        "--core_metric_every=0 --final_eval_tokens=8192"
+    argv = argv.split()
     folder = "base_checkpoints"
 
     def run(tag, *flags):
@@ -232,7 +234,8 @@ def resume(item, ends):
     shutil.rmtree(base_path(folder, "killed"), ignore_errors=True)
     reached = lambda: max([row["step"] for row in read_log(base_path(folder, "killed"))], default=0)     # noqa: E731
     call([*argv, "--model_tag=killed"], ends, kill_when=lambda: reached() > save)
-    figures = dict(steps=steps, resumed_from=save, killed_after_step=reached(), **differences(through, run("killed", "--resume=1")))
+    figures = dict(steps=steps, resumed_from=save, killed_after_step=reached())
+    figures.update(differences(through, run("killed", "--resume=1")))
     if not figures["same_weights"]:
         figures.update({f"{key}_of_two_through": value for key, value in differences(through, run("again")).items()})
     for tag in ("through", "killed", "again"):
@@ -243,23 +246,25 @@ def resume(item, ends):
 def differences(a, b):
     """Whether two runs, (sha256 of the weights, {step: loss}), are the same bit for bit."""
     apart = [abs(a[1][step] - b[1][step]) for step in a[1]]
-    return dict(same_weights=a[0] == b[0], steps_with_other_loss=sum(x > 0 for x in apart), largest_loss_difference=max(apart))
+    return dict(same_weights=a[0] == b[0], steps_with_other_loss=sum(x > 0 for x in apart),
+                largest_loss_difference=max(apart))
 
 
 def curve(item, ends):
     """The same steps compiled and eager; and with other first weights, which says how far apart two runs are anyway."""
     make_text(ends)
-    steps, size = (6, ["--head_dim=32", "--max_seq_len=64", "--total_batch_size=512", "--dtype=float32"]) if toy else \
-        (300, ["--max_seq_len=1024", "--total_batch_size=16384", "--device_batch_size=16"])
-    argv = ["base_train.py", f"--depth={item[1:]}", *size, f"--num_iterations={steps}", "--core_metric_every=0", "--final_eval_tokens=8192"]
+    steps, size = (6, TOY) if toy else (300, "--max_seq_len=1024 --total_batch_size=16384 --device_batch_size=16")
+    argv = f"base_train.py --depth={item[1:]} {size} --num_iterations={steps} --core_metric_every=0 " \
+        "--final_eval_tokens=8192"
     means, results, width = {}, [], steps // 6
     for name, flag in dict(compiled="--compile_model=1", eager="--compile_model=0", other_weights="--seed=43").items():
-        found = train("base_checkpoints", "curve", [*argv, flag], ends)
+        found = train("base_checkpoints", "curve", [*argv.split(), flag], ends)
         losses = [row["loss"] for row in found[2] if "loss" in row]
         means[name] = [sum(losses[i:i + width]) / width for i in range(0, steps, width)]
-        results.append(dict(run=name, compiled=trained(*found)["compiled"], steps=steps, seconds=found[0], val_bpb=found[1]["val_bpb"],
-                            largest_difference=max(abs(x - y) for x, y in zip(means[name], means["compiled"])),
-                            mean_loss_of_each_sixth=", ".join(f"{x:.4f}" for x in means[name])))
+        results.append(dict(
+            run=name, compiled=trained(*found)["compiled"], steps=steps, seconds=found[0], val_bpb=found[1]["val_bpb"],
+            largest_difference=max(abs(x - y) for x, y in zip(means[name], means["compiled"])),
+            mean_loss_of_each_sixth=", ".join(f"{x:.4f}" for x in means[name])))
     shutil.rmtree(base_path("base_checkpoints", "curve"), ignore_errors=True)
     return results
 
@@ -302,23 +307,27 @@ def table(lines):
     text = ["# GPU day\n"]
     for device in dict.fromkeys(line["device"] for line in lines):
         newest = {(line["part"], line["item"]): line for line in lines if line["device"] == device}.values()
-        text.append(f"## {device}\n")
-        text.append(", ".join(sorted({f"{line['date'][:10]}, torch {line['torch']}, commit {line['commit'] or 'unknown'}" for line in newest})) + "\n")
+        made = {f"{line['date'][:10]}, torch {line['torch']}, commit {line['commit'] or 'unknown'}" for line in newest}
+        text += [f"## {device}\n", "; ".join(sorted(made)) + "\n"]
         if any(line["toy"] for line in newest):
-            text.append("No GPU: **toy sizes on a CPU**. They show that everything runs, and nothing about speed or memory.\n")
+            text.append("No GPU: **toy sizes on a CPU**. They show that everything runs, and nothing about speed.\n")
         for number, (name, question) in enumerate(PARTS.items()):
-            of_part = [line for line in newest if line["part"] == name]
-            rows = [{name: line["item"], **figures} for line in of_part if "figures" in line
-                    for figures in (line["figures"] if isinstance(line["figures"], list) else [line["figures"]])]
-            columns = [key for key in dict.fromkeys(key for row in rows for key in row) if any(row.get(key) is not None for row in rows)]
-            if of_part:
-                text.append(f"### {number}. {name}: {question}\n")
-            if rows:
-                text += ["| " + " | ".join(key.replace("_", " ") for key in columns) + " |", "|---" * len(columns) + "|"]
-                text += ["| " + " | ".join(shown(key, row.get(key)) for key in columns) + " |" for row in rows] + [""]
-            if failed := [f"- {line['item']}: **failed**: {shown('', line['error'])}" for line in of_part if "error" in line]:
-                text += [*failed, ""]
+            if of_part := [line for line in newest if line["part"] == name]:
+                text += [f"### {number}. {name}: {question}\n", *part_table(name, of_part), ""]
     return "\n".join(text)
+
+
+def part_table(name, lines):
+    """The lines of a part as those of a table, and below it what has failed."""
+    rows = [{name: line["item"], **row} for line in lines if (figures := line.get("figures"))
+            for row in (figures if isinstance(figures, list) else [figures])]
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if value is not None))
+    failed = [f"- {line['item']}: **failed**: {shown('', line['error'])}" for line in lines if "error" in line]
+    if not rows:
+        return failed
+    cells = [[key.replace("_", " ") for key in columns], ["---"] * len(columns),
+             *([shown(key, row.get(key)) for key in columns] for row in rows)]
+    return ["| " + " | ".join(row) + " |" for row in cells] + [""] * bool(failed) + failed
 
 
 def write(lines):
@@ -338,7 +347,8 @@ wanted = [names.get(one.strip(), one.strip()) for one in part.split(",") if one.
 if wrong := [name for name in wanted if name not in PARTS]:
     raise SystemExit(f"part={wrong[0]}: must be some of " + ", ".join(f"{i} {name}" for i, name in names.items()))
 if not out or minutes < 0 or limit <= 0:
-    raise SystemExit(f"out={out}, minutes={minutes}, limit={limit}: a folder, and no numbers below 0; bash bench/gpu_day.sh sets them")
+    raise SystemExit(f"out={out}, minutes={minutes}, limit={limit}: must be a folder, 0 or more, and more than 0; "
+                     "bash bench/gpu_day.sh sets them")
 try:
     os.makedirs(out, exist_ok=True)
     os.makedirs(base_path(), exist_ok=True)
@@ -346,12 +356,14 @@ try:
     lock = open(os.open(lock_path, os.O_RDWR | os.O_CREAT), "r+")
     log = open(os.path.join(out, "log.txt"), "a", encoding="utf-8")
 except OSError as error:
-    raise SystemExit(f"{error.filename}: {error.strerror}; set OUT or NANOCHAT_BASE_DIR to folders that can be written") from None
+    raise SystemExit(f"{error.filename}: {error.strerror}; set OUT or NANOCHAT_BASE_DIR to folders that can be "
+                     "written") from None
 try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
     lock.seek(0)
-    raise SystemExit(f"{lock_path}: another start of this, or what it left behind, is at work; wait, or: kill -9 -- -{lock.read().strip()}") from None
+    raise SystemExit(f"{lock_path}: another start of this, or what it left behind, is at work; wait, or: "
+                     f"kill -9 -- -{lock.read().strip()}") from None
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: sys.exit("\nended by a signal; the same command goes on"))
 
@@ -361,9 +373,10 @@ try:
 except Failed as problem:
     raise SystemExit(f"{sys.executable} can't measure: {problem}; PYTHON=... names another") from None
 toy = not found["gpu"]
-if toy and shutil.which("nvidia-smi") and not subprocess.run(["nvidia-smi"], capture_output=True).returncode:
-    raise SystemExit(f"there is a GPU, but torch {found['torch']} of {sys.executable} can't use it; PYTHON=... names another")
-print(", ".join(f"{key} {value}" for key, value in found.items()) + ("; toy sizes, on the CPU" if toy else ""), flush=True)
+if toy and gpu:
+    raise SystemExit(f"there is a GPU, but torch {found['torch']} of {sys.executable} can't use it; PYTHON=... names "
+                     "another")
+print(", ".join(f"{key} {value}" for key, value in found.items()) + "; toy sizes, on the CPU" * toy, flush=True)
 
 if TOKENIZER & set(wanted):
     try:
@@ -375,7 +388,8 @@ if TOKENIZER & set(wanted):
 # what has a result is done; what has failed or was killed comes last, so that it keeps nothing else from its turn
 last = {(line["part"], line["item"]): line for line in results if line["device"] == found["device"]}
 done = [key for key, line in last.items() if "figures" in line]
-items = [item for item in (TOY_ITEMS if toy else GPU_ITEMS) if item[0] in wanted]
+items = [one.split() for one in (TOY_DAY if toy else GPU_DAY).split(",")]
+items = [(name, item, int(seconds)) for name, item, seconds in items if name in wanted]
 todo = sorted((item for item in items if item[:2] not in done), key=lambda item: item[:2] in last)
 if len(todo) < len(items):
     print(f"{len(items) - len(todo)} of {len(items)} measurements are in {out} already", flush=True)
@@ -400,7 +414,8 @@ for name, item, seconds in todo:
     print(f"{duration(time.monotonic() - clock)}{said}", flush=True)
 
 print("\n" + table(results))
-print(f"{out}: results.jsonl, table.md, log.txt; {duration(time.monotonic() - begin)}" + (f"; {failures} failed" if failures else ""))
+print(f"{out}: results.jsonl, table.md, log.txt; {duration(time.monotonic() - begin)}"
+      + (f"; {failures} failed" if failures else ""))
 if left:
     print(f"not begun, {duration(sum(seconds for _, _, seconds in left))} by guess: "
           + ", ".join(f"{name} {item} ({duration(seconds)})" for name, item, seconds in left))

@@ -42,9 +42,10 @@ T = model_config.sequence_len
 
 def describe_device():
     """What the results are labelled with."""
-    found = dict(device=machine.name if gpu else f"CPU, {cores()} cores", gpu=gpu, dtype=machine.dtype_name, torch=torch.__version__)
+    found = dict(device=machine.name if gpu else f"CPU, {cores()} cores", gpu=gpu, dtype=machine.dtype_name,
+                 torch=torch.__version__)
     if gpu:
-        found.update(gigabytes=round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1), cuda=torch.version.cuda,
+        found.update(gigabytes=round(torch.cuda.mem_get_info()[1] / 1e9, 1), cuda=torch.version.cuda,
                      capability=list(torch.cuda.get_device_capability()))
     return found
 
@@ -73,7 +74,7 @@ def play_card(num_bytes):
 
 
 def measure_fit():
-    """The micro-batch that fit_micro_batch finds for a step of 524,288 tokens, every size that it tried, and what the formula says."""
+    """The micro-batch found for a step of 524,288 tokens, what was tried on the way, and what the formula says."""
     if gigabytes and gpu:
         play_card(gigabytes * 1e9)
     elif gigabytes:
@@ -98,15 +99,17 @@ def measure_fit():
         fit.attempt(machine, model, optimizers, B)
     best = next(one for one in tries if one["B"] == B and one["speed"])
     checkpointing = model.gradient_checkpointing
-    return dict(sequence_len=T, rows=rows, micro_batch_guessed=guess, micro_batch=B, tokens_per_second=best["speed"], mfu=mfu(best["speed"]),
-                **beside_formula(B, checkpointing, best["peak_bytes"]), reserved_bytes=best["reserved_bytes"], search_seconds=seconds,
-                gradient_checkpointing=checkpointing, compiled=model.compiled_parts is not None,
-                tried=", ".join(f"{one['B']}: " + (f"{one['speed']:,.0f} tok/s" if one["speed"] else "no room") for one in tries))
+    tried = [f"{one['B']}: " + (f"{one['speed']:,.0f} tok/s" if one["speed"] else "no room") for one in tries]
+    return dict(sequence_len=T, rows=rows, micro_batch_guessed=guess, micro_batch=B, tokens_per_second=best["speed"],
+                mfu=mfu(best["speed"]), **beside_formula(B, checkpointing, best["peak_bytes"]),
+                reserved_bytes=best["reserved_bytes"], search_seconds=seconds, gradient_checkpointing=checkpointing,
+                compiled=model.compiled_parts is not None, tried=", ".join(tried))
 
 
 def beside_formula(B, checkpointing, peak_bytes):
-    """What the formula says for state and rows, the peak, and what the peak has above it: a chunk of logits, workspaces."""
-    formula = budget.state_bytes(model_config) + B * budget.row_bytes(model_config, machine.dtype.itemsize, checkpointing)
+    """What the formula says for state and rows, the peak, and what is above it: a chunk of logits, workspaces."""
+    row = budget.row_bytes(model_config, machine.dtype.itemsize, checkpointing)
+    formula = budget.state_bytes(model_config) + B * row
     return dict(formula_bytes=formula, peak_bytes=peak_bytes, above_formula_bytes=peak_bytes - formula if gpu else None)
 
 
@@ -130,11 +133,13 @@ def measure_memory():
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad(set_to_none=True)
-    # per token and layer, in values of the model's width; the head's gradient, float32, is none of them
-    values = (kept - 4 * model.lm_head.weight.numel()) / (B * T * model_config.n_embd * model_config.n_layer * machine.dtype.itemsize)
-    return dict(sequence_len=T, micro_batch=B, kept_bytes=kept if gpu else None, kept_values=values if gpu else None,
+    # in values of the model's width, per token and layer; the head's gradient, float32, is none of them
+    value = B * T * model_config.n_embd * model_config.n_layer * machine.dtype.itemsize
+    return dict(sequence_len=T, micro_batch=B, kept_bytes=kept if gpu else None,
+                kept_values=(kept - 4 * model.lm_head.weight.numel()) / value if gpu else None,
                 kept_values_by_formula=10 + 4 / model_config.n_layer, **beside_formula(B, False, machine.peak_memory()),
-                reserved_bytes=torch.cuda.max_memory_reserved() if gpu else None, compiled=model.compiled_parts is not None)
+                reserved_bytes=torch.cuda.max_memory_reserved() if gpu else None,
+                compiled=model.compiled_parts is not None)
 
 
 def measure_decode():
@@ -145,14 +150,14 @@ def measure_decode():
     engine = Engine(GPT(model_config, machine.dtype).to(machine.device).eval(), tokenizer)
     results = []
     for B in (1, 8):
-        prompts, clocks = [[(7919 * (i + row)) % model_config.vocab_size for i in range(prompt)] for row in range(B)], []
+        prompts = [[(7919 * (i + row)) % model_config.vocab_size for i in range(prompt)] for row in range(B)]
         for _ in range(2):                                       # the first one warms up
             clocks = [time.perf_counter()]
             for _ in engine.generate(prompts, max_tokens=reply, temperature=1.0, top_k=50):
                 clocks.append(time.perf_counter())               # tokens are numbers by now: the device is done
         per_token = (clocks[-1] - clocks[1]) / (len(clocks) - 2)
-        results.append(dict(batch=B, prompt_tokens=prompt, new_tokens=len(clocks) - 1, first_token_ms=1000 * (clocks[1] - clocks[0]),
-                            token_ms=1000 * per_token, tokens_per_second=B / per_token))
+        results.append(dict(batch=B, prompt_tokens=prompt, new_tokens=len(clocks) - 1, tokens_per_second=B / per_token,
+                            token_ms=1000 * per_token, first_token_ms=1000 * (clocks[1] - clocks[0])))
     return results
 
 
