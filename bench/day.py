@@ -115,8 +115,12 @@ def call(argv, ends, kill_when=None):
 
 
 def last_json(text):
-    """The figures that a measurement printed last."""
-    return json.loads(next(line for line in reversed(text.splitlines()) if line[:1] in "[{"))
+    """The figures that a measurement printed last; warnings of torch may stand behind them, and begin with [ too."""
+    for line in reversed(text.splitlines()):
+        with contextlib.suppress(ValueError):
+            if line.startswith(("{", "[")):
+                return json.loads(line)
+    raise Failed("it printed no figures")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -168,7 +172,7 @@ def make_text(ends):
 
 
 def train(folder, tag, argv, ends):
-    """Run a training stage from where it is, or anew -> (seconds, meta of its newest checkpoint, log, output)."""
+    """Run a training stage anew, or go on with --resume=1 -> (seconds, meta of its newest checkpoint, log, output)."""
     if "--resume=1" not in argv:
         shutil.rmtree(base_path(folder, tag), ignore_errors=True)
     clock = time.monotonic()
