@@ -13,7 +13,7 @@ os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat_test_")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="also what takes long: all injected faults")
+    parser.addoption("--full", action="store_true", help="also what takes long")
 
 
 def pytest_configure(config):
