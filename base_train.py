@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from checkpoint import (checkpoint_to_resume, load_optimizers, load_weights, require_finite, save_checkpoint, stage_folder,
-                        tokenizer_of)
+from checkpoint import (checkpoint_to_resume, load_optimizers, load_weights, require_finite, save_checkpoint,
+                        stage_folder, tokenizer_of)
 from data import text_streams, train_shards
 from evals import core, metrics
 from model import GPT, GPTConfig, compiled
@@ -79,6 +79,10 @@ total_steps = num_iterations or round(target_param_data_ratio * params["total"] 
 if total_steps < 1:
     raise SystemExit(f"num_iterations={num_iterations}, target_param_data_ratio={target_param_data_ratio}: "
                      "no step to train")
+needed = budget.state_bytes(model_config) if machine.device.type == "cpu" else 4 * params["total"]
+if needed > machine.own_memory():
+    raise SystemExit(f"depth={depth}: {params['total']:,} parameters need {needed / 1e9:.0f} GB of memory, this "
+                     f"computer has {machine.own_memory() / 1e9:.0f} GB; lower depth (for the drivers: DEPTH)")
 token_seconds = choose_numerics(machine, dtype, meta and meta["machine"], checkpoint_dir,    # on a CPU by timing
                                 lambda: GPT(model_config), rows)
 

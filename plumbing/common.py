@@ -216,7 +216,7 @@ class Progress:
         self.watch(step, loss, step_seconds)
 
     def watch(self, step, loss, step_seconds):
-        """Say what a person at the screen would notice, each once: a loss that jumps, a slow step, a disk nearly full."""
+        """Say, each once, what a person at the screen would notice: a full disk, a loss that jumps, a slow step."""
         remarks, folder = {}, self.log.folder
         if os.path.isdir(folder) and (free := shutil.disk_usage(folder).free) < self.checkpoint_bytes:
             remarks["disk"] = (f"{free / 1e6:,.0f} MB are free in {folder}, the next checkpoint needs about "
@@ -225,11 +225,11 @@ class Progress:
             losses, seconds = zip(*self.recent)
             mean, median, spread = statistics.fmean(losses), statistics.median(seconds), max(losses) - min(losses)
             if loss > max(losses) + max(0.5, spread):
-                remarks["loss"] = (f"loss {loss:.2f}, far above the mean {mean:.2f} of the steps before: odd text, or learning "
-                                   "rates that are too high if it does not fall again")
+                remarks["loss"] = (f"loss {loss:.2f}, far above the mean {mean:.2f} of the steps before: odd text; or, if "
+                                   "it does not fall again, learning rates that are too high")
             if step_seconds > max(1.0, 10 * median):             # below a second it is the machine's mood
-                remarks["speed"] = (f"{duration(step_seconds)}, the median is {1000 * median:,.0f} ms: does another program "
-                                    "use this machine, or is its memory full?")
+                remarks["speed"] = (f"{duration(step_seconds)}, the median is {1000 * median:,.0f} ms: does another "
+                                    "program use this machine, or is its memory full?")
         for kind in remarks.keys() - self.said:
             print0(f"step {step:5d}: {remarks[kind]}")
         self.said |= remarks.keys()

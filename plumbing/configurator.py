@@ -13,6 +13,7 @@ cost a night of training.
 import ast
 import contextlib
 import difflib
+import math
 import os
 import reprlib
 import sys
@@ -30,11 +31,11 @@ SHORT = {                    # short forms people type, each followed by its val
 }
 
 # The numbers a knob may be, from ... to, both included; "script.py knob" where a script differs from the others. What 0
-# means stands on the knob's line. The largest are far above what anybody needs, and below what ends in a traceback.
+# means stands on the knob's line. The largest are far above what anybody needs and below what ends in a traceback.
 COUNT, SOME, SHARE = (0, 10**9), (1, 10**9), (0, 1)
 RANGES = {
-    # model and batch
-    "depth": (1, 100), "head_dim": (0, 1024), "max_seq_len": (1, 10**6), "vocab_size": (0, 65536),
+    # model and batch; shorter rows than 64 tokens have no room for the prompts of the samples
+    "depth": (1, 100), "head_dim": (0, 1024), "max_seq_len": (64, 10**6), "vocab_size": (0, 65536),
     "total_batch_size": (0, 10**8), "device_batch_size": (0, 10**6), "target_examples_per_step": (1, 10**5),
     "batch_size": (1, 10**4), "num_processes": (1, 10**4), "rows": (0, 10**5),
     # length, data and mixture
@@ -55,8 +56,8 @@ RANGES = {
     "steps": COUNT,
     "base_train.py total_batch_size": (1, 10**8),
     "plan.py total_batch_size": (1, 10**8), "plan.py vocab_size": (265, 65536),      # 256 bytes and the 9 specials
-    "tok_train.py vocab_size": (265, 65536), "tokenizer.py vocab_size": (256, 65536), "tokenizer.py num_threads": (0, 256),
-    "train.py depth": (0, 100), "train.py max_seq_len": (0, 10**6),
+    "tok_train.py vocab_size": (265, 65536), "tokenizer.py vocab_size": (256, 65536),
+    "tokenizer.py num_threads": (0, 256), "train.py depth": (0, 100), "train.py max_seq_len": (0, 10**6),
 }
 CHOICES = {"device": ("", "cuda", "mps", "cpu"), "dtype": ("", "float32", "bfloat16")}
 
@@ -94,10 +95,10 @@ def configure(scope, argv=None, show=True):
         if problem := problem_with_value(script, name, value):
             origin = f"{file}: " if (file := came_from.get(name, "")).endswith(".py") else ""
             meaning = lines.get(name, "").partition("#")[2].strip()
-            raise SystemExit(f"{script}: {origin}{name}={shown(value)}: {problem}" + (f" ({meaning})" if meaning else ""))
+            raise SystemExit(f"{script}: {origin}{name}={shown(value)}: {problem}" + (meaning and f" ({meaning})"))
     up, down = (knobs.get(name, 0) for name in ("warmup_ratio", "warmdown_ratio"))
     if up + down > 1 + 1e-9:                         # not a hair above: 0.7 + 0.3 is right
-        raise SystemExit(f"{script}: warmup_ratio={up}, warmdown_ratio={down}: together at most 1, they are shares of one run")
+        raise SystemExit(f"{script}: warmup_ratio={up}, warmdown_ratio={down}: shares of one run, together at most 1")
     for name, origin in came_from.items() if show else ():
         print0(f"  {name} = {knobs[name]!r}   ({origin})")
     scope.update(knobs)
@@ -149,7 +150,8 @@ def checked(name, value, knobs, origin):
     """value, if it may replace knobs[name]; an int may stand for a float, 0 and 1 for a bool."""
     if name not in knobs:
         near = difflib.get_close_matches(name.replace("-", "_"), knobs, n=1)
-        raise SystemExit(f"{origin}: there is no knob {name!r}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        raise SystemExit(f"{origin}: there is no knob {name!r}; " +
+                         (f"did you mean {near[0]}?" if near else "see --help"))
     wanted = type(knobs[name])
     if type(value) is int and (wanted is float and abs(value) < 2**63 or wanted is bool and value in (0, 1)):
         return wanted(value)
@@ -159,12 +161,13 @@ def checked(name, value, knobs, origin):
 
 
 def problem_with_value(script, name, value):
-    """What keeps a script's knob from having a value of the right type, "" for nothing; one not in the table may not be inf or nan."""
+    """What keeps a script's knob from having this value, "" for nothing; a number in no table has only to be finite."""
     if isinstance(value, str):
         choices = CHOICES.get(name, [value])
         return "" if value in choices else f"must be one of {', '.join(map(repr, choices))}"
     low, high = RANGES.get(f"{script} {name}") or RANGES.get(name, (-1e308, 1e308))
-    return "" if low <= value <= high else f"must be {low:,} to {high:,}"
+    finite = "finite, " if isinstance(value, float) and not math.isfinite(value) else ""
+    return "" if low <= value <= high else f"must be {finite}{low:,} to {high:,}"
 
 
 def shown(value):

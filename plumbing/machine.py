@@ -51,6 +51,10 @@ class Machine:
         import resource  # kilobytes, on macOS bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+    def own_memory(self):
+        """Bytes of the computer's memory, in which every model is made before it goes to a device."""
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
     def describe(self):
         """What goes into a checkpoint's meta: a resumed run takes the same number format and threads."""
         return dict(name=self.name, device=self.device.type, dtype=self.dtype_name, threads=self.threads, cores=cores(),

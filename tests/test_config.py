@@ -145,7 +145,7 @@ def test_a_value_from_a_file_names_the_file_and_what_0_means(tmp_path):
     line = refused("base_train.py", str(tmp_path / "bad.py"))
     assert "bad.py: save_every=" in line and "0 = only at the end" in line
     (tmp_path / "bad.py").write_text("matrix_lr = float('nan')\n")
-    assert "matrix_lr=nan: must be 0 to" in refused("base_train.py", str(tmp_path / "bad.py"))
+    assert "matrix_lr=nan: must be finite, 0 to" in refused("base_train.py", str(tmp_path / "bad.py"))
     (tmp_path / "bad.py").write_text("matrix_lr = 10 ** 400\n")
     assert "matrix_lr must be float" in refused("base_train.py", str(tmp_path / "bad.py"))
 
