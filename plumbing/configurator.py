@@ -59,7 +59,7 @@ RANGES = {
     "tok_train.py vocab_size": (265, 65536), "tokenizer.py vocab_size": (256, 65536),
     "tokenizer.py num_threads": (0, 256), "train.py depth": (0, 100), "train.py max_seq_len": (0, 10**6),
 }
-CHOICES = {"device": ("", "cuda", "mps", "cpu"), "dtype": ("", "float32", "bfloat16")}
+CHOICES = {"device": ("cuda", "mps", "cpu", ""), "dtype": ("float32", "bfloat16", "")}
 
 
 def configure(scope, argv=None, show=True):
@@ -94,8 +94,8 @@ def configure(scope, argv=None, show=True):
     for name, value in knobs.items():                # a default, too: it may have been edited
         if problem := problem_with_value(script, name, value):
             origin = f"{file}: " if (file := came_from.get(name, "")).endswith(".py") else ""
-            meaning = lines.get(name, "").partition("#")[2].strip()
-            raise SystemExit(f"{script}: {origin}{name}={shown(value)}: {problem}" + (meaning and f" ({meaning})"))
+            meaning, as_typed = lines.get(name, "").partition("#")[2].strip(), shown(value).strip("'")
+            raise SystemExit(f"{script}: {origin}{name}={as_typed}: {problem}" + (meaning and f" ({meaning})"))
     up, down = (knobs.get(name, 0) for name in ("warmup_ratio", "warmdown_ratio"))
     if up + down > 1 + 1e-9:                         # not a hair above: 0.7 + 0.3 is right
         raise SystemExit(f"{script}: warmup_ratio={up}, warmdown_ratio={down}: shares of one run, together at most 1")
@@ -164,7 +164,7 @@ def problem_with_value(script, name, value):
     """What keeps a script's knob from having this value, "" for nothing; a number in no table has only to be finite."""
     if isinstance(value, str):
         choices = CHOICES.get(name, [value])
-        return "" if value in choices else f"must be one of {', '.join(map(repr, choices))}"
+        return "" if value in choices else "must be " + " or ".join(choice or '""' for choice in choices)
     low, high = RANGES.get(f"{script} {name}") or RANGES.get(name, (-1e308, 1e308))
     finite = "finite, " if isinstance(value, float) and not math.isfinite(value) else ""
     return "" if low <= value <= high else f"must be {finite}{low:,} to {high:,}"
