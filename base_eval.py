@@ -41,8 +41,6 @@ SETTINGS = dict(bpb=dict(eval_tokens=eval_tokens), samples=dict(), core=dict(max
 parts = [part.strip() for part in tasks.split(",")]
 if set(parts) - set(SETTINGS):
     raise SystemExit(f"tasks={tasks}: must be some of {','.join(SETTINGS)}")
-if min(core_max_per_task, eval_tokens, device_batch_size) < 0:
-    raise SystemExit("core_max_per_task, eval_tokens and device_batch_size must be 0 or more")
 
 folder, meta = find_checkpoint("base", model_tag, step)
 machine = start(device, dtype, meta)

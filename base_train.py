@@ -12,7 +12,8 @@ import time
 
 import torch
 
-from checkpoint import checkpoint_to_resume, load_optimizers, load_weights, save_checkpoint, stage_folder, tokenizer_of
+from checkpoint import (checkpoint_to_resume, load_optimizers, load_weights, require_finite, save_checkpoint,
+                        stage_folder, tokenizer_of)
 from data import text_streams, train_shards
 from evals import core, metrics
 from model import GPT, GPTConfig, compiled
@@ -78,6 +79,10 @@ total_steps = num_iterations or round(target_param_data_ratio * params["total"] 
 if total_steps < 1:
     raise SystemExit(f"num_iterations={num_iterations}, target_param_data_ratio={target_param_data_ratio}: "
                      "no step to train")
+needed = budget.state_bytes(model_config) if machine.device.type == "cpu" else 4 * params["total"]
+if needed > machine.own_memory():
+    raise SystemExit(f"depth={depth}: {params['total']:,} parameters need {needed / 1e9:.0f} GB of memory, this "
+                     f"computer has {machine.own_memory() / 1e9:.0f} GB; lower depth (for the drivers: DEPTH)")
 token_seconds = choose_numerics(machine, dtype, meta and meta["machine"], checkpoint_dir,    # on a CPU by timing
                                 lambda: GPT(model_config), rows)
 
@@ -110,7 +115,8 @@ if token_seconds:
 
 val_bpb = meta["val_bpb"] if meta else None
 log = Log(checkpoint_dir, start_step, run, config)
-progress = Progress(log, start_step, total_steps, flops, machine.peak_flops, meta and meta["progress"])
+progress = Progress(log, start_step, total_steps, flops, machine.peak_flops, meta and meta["progress"],
+                    budget.checkpoint_bytes(model_config))
 
 for step in range(start_step, total_steps + 1):
     last = step == total_steps
@@ -149,7 +155,8 @@ for step in range(start_step, total_steps + 1):
         loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device)) / tokens_per_step
         loss.backward()
         train_loss += loss.detach()
-    train_loss, grad_norm = clip(model, step, train_loss, grad_clip)                # a run that has diverged ends here
+    train_loss, grad_norm = clip(model, train_loss, grad_clip)
+    require_finite(checkpoint_dir, step, rows, train_loss, grad_norm)               # a run that has diverged ends here
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)

@@ -10,7 +10,6 @@ A base model knows no questions and answers: it goes on with the text it is give
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import contextlib
-import math
 import random
 import sys
 
@@ -32,14 +31,8 @@ max_tokens = 256               # longest answer, in tokens
 seed = 42                      # the same seed gives the same answers; 0 = others every time
 config = configure(globals(), show=False)  # the screen belongs to the conversation
 
-if not (math.isfinite(temperature) and temperature >= 0):
-    raise SystemExit(f"temperature={temperature}: must be 0 or more")
-if top_k < 0:
-    raise SystemExit(f"top_k={top_k}: must be 0 (all tokens) or more")
 if prompt and not prompt.strip():
     raise SystemExit("prompt: there is nothing in it to answer; leave it out for a conversation")
-if max_tokens < 1:
-    raise SystemExit(f"max_tokens={max_tokens}: must be 1 or more")
 
 
 def note(text):

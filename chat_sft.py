@@ -14,7 +14,8 @@ import time
 
 import torch
 
-from checkpoint import checkpoint_to_resume, find_parent, load_model, load_optimizers, save_checkpoint, stage_folder
+from checkpoint import (checkpoint_to_resume, find_parent, load_model, load_optimizers, require_finite, save_checkpoint,
+                        stage_folder)
 from data import rank_batches
 from engine import Engine
 from evals import metrics
@@ -115,7 +116,8 @@ print0(f"{len(train_data):,} conversations, {total_steps * rows / len(train_data
 
 val_loss = meta["val_loss"] if meta else None
 log = Log(checkpoint_dir, start_step, run, config)
-progress = Progress(log, start_step, total_steps, flops, machine.peak_flops, meta and meta["progress"])
+progress = Progress(log, start_step, total_steps, flops, machine.peak_flops, meta and meta["progress"],
+                    budget.checkpoint_bytes(model.config))
 
 for step in range(start_step, total_steps + 1):
     last = step == total_steps
@@ -155,7 +157,8 @@ for step in range(start_step, total_steps + 1):
         loss = forward(to_device(x, machine.device), to_device(y, machine.device)) / max(1, num_targets)
         loss.backward()
         train_loss += loss.detach()
-    train_loss, grad_norm = clip(model, step, train_loss, grad_clip)                # a run that has diverged ends here
+    train_loss, grad_norm = clip(model, train_loss, grad_clip)
+    require_finite(checkpoint_dir, step, rows, train_loss, grad_norm)               # a run that has diverged ends here
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)

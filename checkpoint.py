@@ -5,6 +5,7 @@ A step is three kinds of files in the stage's folder: model_NNNNNN.pt, optim_NNN
 meta_NNNNNN.json with the sizes and sha256 of the others. No meta, no checkpoint. Tensors are loaded as data, not code.
 """
 import json
+import math
 import os
 import re
 import shlex
@@ -202,8 +203,8 @@ def stage_folder(stage, model_tag):
     """Where a stage keeps the model of that tag; SystemExit for what can't be a tag or a stage."""
     if stage not in FOLDERS:
         raise SystemExit(f"source={stage}: must be one of {', '.join(FOLDERS)}")
-    if os.path.basename(model_tag) != model_tag or model_tag in ("", ".", ".."):
-        raise SystemExit(f"model_tag={model_tag}: must be a plain name, like d12 or try-2")
+    if not (re.fullmatch(r"[^/]{1,100}", model_tag) and model_tag.isprintable()) or model_tag in (".", ".."):
+        raise SystemExit(f"model_tag={model_tag[:100]!r}: must be a plain name, like d12 or try-2")
     return base_path(FOLDERS[stage], model_tag)
 
 
@@ -284,3 +285,20 @@ def sources(meta):
     """The checkpoints that a model came from, its parent first, as find_parent told them apart."""
     while meta and (meta := meta.get("source")):
         yield meta
+
+
+def require_finite(folder, step, rows, loss, norm):
+    """
+    SystemExit where the loss of a step or the norm of its gradient is no number, before the weights are touched.
+
+    From a finite gradient and the learning rates that the configurator allows follows a finite update.
+    rows  of a step: the message names those of this one, counted from the first of the training data
+    """
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    saved = steps_in(folder)
+    remedy = (f"the checkpoint of step {saved[-1]} is from before: go on from it with --resume=1 and another --dtype, "
+              "or train anew beside it with --model_tag=NEW and lower learning rates" if saved else
+              "no checkpoint is there yet: begin anew, with lower learning rates or another --dtype")
+    raise SystemExit(f"step {step}, rows {step * rows:,} to {(step + 1) * rows - 1:,} of the data: loss {loss}, "
+                     f"gradient norm {norm}: the training has diverged; {remedy}" if RANK == 0 else 1)

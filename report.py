@@ -31,6 +31,8 @@ model_tag = ""                 # which model; "" = the only one there is
 copy_to = "report.md"          # a copy beside the scripts, report_TAG.md where that is another model's; "" = none
 gpu_hour_price = 0.0           # what one GPU costs in an hour, in your money; 0 = no price
 config = configure(globals(), show=False)
+if copy_to and not copy_to.endswith(".md"):
+    raise SystemExit(f"copy_to={copy_to!r}: must be a file whose name ends in .md, or empty for none")
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # The original nanochat's d20, 561M parameters, from its own report of October 2025.

@@ -19,9 +19,6 @@ max_chars = 2_000_000_000      # characters of text to learn from, or all there 
 doc_cap = 10_000               # characters taken of one document: no long one weighs too much; 0 = all
 num_shards = 0                 # learn from shards 0 ... n-1, those to come too; 0 = all here now
 config = configure(globals())
-for name in ("max_chars", "doc_cap", "num_shards"):
-    if config[name] < 0:
-        raise SystemExit(f"{name}={config[name]}: must not be negative; 0 = all")
 
 # Finished already? Decided by the meta alone, before anything slow is imported.
 folder = base_path("tokenizer")

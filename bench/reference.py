@@ -99,7 +99,7 @@ def build_optimizers(model, matrix_lr, embedding_lr, unembedding_lr, compiled=Fa
     return [adamw, muon]
 
 
-def clip(model, step, loss, grad_clip):
+def clip(model, loss, grad_clip):
     """The gradient scaled down where its norm is above grad_clip -> (loss, norm before clipping) as floats."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     return loss.item(), norm.item()

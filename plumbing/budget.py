@@ -38,8 +38,6 @@ def model_shape(depth, head_dim=0):
 
     returns dict(n_layer, n_embd, n_head, n_kv_head); head_dim other than 0 is taken as given
     """
-    if depth < 1:
-        raise SystemExit(f"depth={depth}: a model has at least 1 layer")
     n_embd = 64 * depth
     head_dim = head_dim or (HEAD_DIM if n_embd % HEAD_DIM == 0 else 64)
     if head_dim % 2 or n_embd % head_dim:
@@ -86,8 +84,6 @@ def micro_batch(rows, world_size, asked, free_bytes, config, compute_bytes, grad
     """
     if rows < world_size:
         raise SystemExit(f"{rows} rows per step for {world_size} processes: each needs one; lower NPROC or raise total_batch_size")
-    if asked < 0:
-        raise SystemExit(f"device_batch_size={asked}: rows of a micro-batch; 0 = the most that fit")
     room = free_bytes - state_bytes(config)
     fitting = min(room // row_bytes(config, compute_bytes, gradient_checkpointing), MICRO_TOKENS // config.sequence_len)
     return even_batch(-(-rows // world_size), max(1, asked or int(fitting)))

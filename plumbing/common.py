@@ -12,7 +12,10 @@ import json
 import math
 import os
 import re
+import shutil
+import statistics
 import tokenize
+from collections import deque
 from dataclasses import dataclass
 
 # The environment is read here and nowhere else.
@@ -121,7 +124,7 @@ class Log:
     """
 
     def __init__(self, folder, start_step, run="", config=None):
-        self.file, self.wandb = None, None
+        self.folder, self.file, self.wandb = folder, None, None
         if RANK != 0:
             return
         path = os.path.join(folder, "log.jsonl")
@@ -170,12 +173,14 @@ class Progress:
     """
     The line per step on the console and in the log: loss, speed, MFU, how long it still takes.
 
-    state  what an earlier part of the run saved (its meta's "progress"); None at step 0
+    state             what an earlier part of the run saved (its meta's "progress"); None at step 0
+    checkpoint_bytes  what the next checkpoint takes of the disk
     Only training counts as seconds, evaluation and saving do not.
     """
 
-    def __init__(self, log, start_step, total_steps, flops_per_token, peak_flops, state=None):
+    def __init__(self, log, start_step, total_steps, flops_per_token, peak_flops, state=None, checkpoint_bytes=0):
         self.log, self.start_step, self.total_steps = log, start_step, total_steps
+        self.checkpoint_bytes, self.recent, self.said = checkpoint_bytes, deque(maxlen=50), set()
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         state = state or dict(seconds=0.0, tokens=0, loss=[])
         self.seconds, self.tokens = state["seconds"], state["tokens"]
@@ -208,6 +213,27 @@ class Progress:
             print0(f"step {step:5d}/{self.total_steps} | loss {smooth:.4f} | lr {rates_text} | "
                    f"{1000 * step_seconds:.0f} ms | {speed:,.0f} tok/s | " +
                    (f"mfu {100 * mfu:.1f} % | " if mfu else "") + f"eta {duration(eta)}")
+        self.watch(step, loss, step_seconds)
+
+    def watch(self, step, loss, step_seconds):
+        """Say, each once, what a person at the screen would notice: a full disk, a loss that jumps, a slow step."""
+        remarks, folder = {}, self.log.folder
+        if os.path.isdir(folder) and (free := shutil.disk_usage(folder).free) < self.checkpoint_bytes:
+            remarks["disk"] = (f"{free / 1e6:,.0f} MB are free in {folder}, the next checkpoint needs about "
+                               f"{self.checkpoint_bytes / 1e6:,.0f} MB: make room, or it can't be saved")
+        if len(self.recent) >= 20:
+            losses, seconds = zip(*self.recent)
+            mean, median, spread = statistics.fmean(losses), statistics.median(seconds), max(losses) - min(losses)
+            if loss > max(losses) + max(0.5, spread):
+                remarks["loss"] = (f"loss {loss:.2f}, far above the mean {mean:.2f} of the steps before: odd text; or, if "
+                                   "it does not fall again, learning rates that are too high")
+            if step_seconds > max(1.0, 10 * median):             # below a second it is the machine's mood
+                remarks["speed"] = (f"{duration(step_seconds)}, the median is {1000 * median:,.0f} ms: does another "
+                                    "program use this machine, or is its memory full?")
+        for kind in remarks.keys() - self.said:
+            print0(f"step {step:5d}: {remarks[kind]}")
+        self.said |= remarks.keys()
+        self.recent.append((loss, step_seconds))
 
 
 def duration(seconds):

@@ -7,12 +7,15 @@ Override the knobs at the top of a script, with config files and with flags.
     python base_train.py config/tiny_base.py --depth=4 --run=first
 
 A config file is plain Python that assigns knobs. Files and flags apply from left to right, the last one wins. A
-misspelt knob or a wrong type ends the run before it starts, in one line: a typo must not cost a night of training.
+misspelt knob, a wrong type or a value out of its range ends the run before it starts, in one line: a typo must not
+cost a night of training.
 """
 import ast
 import contextlib
 import difflib
+import math
 import os
+import reprlib
 import sys
 import traceback
 from types import ModuleType
@@ -27,13 +30,44 @@ SHORT = {                    # short forms people type, each followed by its val
     "-n": "num_shards",      # how many shards of text
 }
 
+# The numbers a knob may be, from ... to, both included; "script.py knob" where a script differs from the others. What 0
+# means stands on the knob's line. The largest are far above what anybody needs and below what ends in a traceback.
+COUNT, SOME, SHARE = (0, 10**9), (1, 10**9), (0, 1)
+RANGES = {
+    # model and batch; shorter rows than 64 tokens have no room for the prompts of the samples
+    "depth": (1, 100), "head_dim": (0, 1024), "max_seq_len": (64, 10**6), "vocab_size": (0, 65536),
+    "total_batch_size": (0, 10**8), "device_batch_size": (0, 10**6), "target_examples_per_step": (1, 10**5),
+    "batch_size": (1, 10**4), "num_processes": (1, 10**4), "rows": (0, 10**5),
+    # length, data and mixture
+    "num_iterations": COUNT, "mid_iterations": COUNT, "sft_iterations": COUNT, "target_param_data_ratio": (0, 10**6),
+    "num_shards": (0, 1822), "identity_rows": (1, 10**7), "spelling_rows": (1, 10**7), "spelling_bee_rows": (1, 10**7),
+    # optimizer; with higher rates a step can be too large for float32
+    "matrix_lr": (0, 1e38), "embedding_lr": (0, 1e37), "unembedding_lr": (0, 1e37), "init_lr_frac": SHARE,
+    "grad_clip": (0, 1e30), "warmup_ratio": SHARE, "warmdown_ratio": SHARE, "final_lr_frac": SHARE,
+    # evaluation and checkpoints
+    "eval_every": COUNT, "eval_tokens": (0, 10**12), "final_eval_tokens": (0, 10**12), "eval_examples": SOME,
+    "eval_metrics_every": COUNT, "eval_metrics_max_problems": COUNT, "sample_every": COUNT, "core_metric_every": COUNT,
+    "core_metric_max_per_task": COUNT, "core_max_per_task": COUNT, "max_problems": COUNT, "save_every": COUNT,
+    "resume": (0, 1), "step": COUNT, "seed": (0, 2**32 - 1),
+    # text, tokenizer, chat, report and benchmarks
+    "max_chars": (0, 10**12), "doc_cap": (0, 10**12), "num_chars": (0, 10**12), "encode_chars": (1, 10**12),
+    "num_threads": (1, 256), "threads": (0, 1024), "fetch_seconds": (1, 10**6), "temperature": (0, 10**6),
+    "top_k": COUNT, "max_tokens": SOME, "gpu_hour_price": (0, 10**6), "rounds": (1, 1000), "turns": (1, 1000),
+    "steps": COUNT,
+    "base_train.py total_batch_size": (1, 10**8),
+    "plan.py total_batch_size": (1, 10**8), "plan.py vocab_size": (265, 65536),      # 256 bytes and the 9 specials
+    "tok_train.py vocab_size": (265, 65536), "tokenizer.py vocab_size": (256, 65536),
+    "tokenizer.py num_threads": (0, 256), "train.py depth": (0, 100), "train.py max_seq_len": (0, 10**6),
+}
+CHOICES = {"device": ("cuda", "mps", "cpu", ""), "dtype": ("float32", "bfloat16", "")}
+
 
 def configure(scope, argv=None, show=True):
     """
     Apply argv (default: the command line) to the knobs in scope; print what it changed, and where that came from.
 
     returns {name: value} of every knob as the run sees it; it is saved with the checkpoint
-    raises SystemExit with one line when a name, a type or a file is wrong
+    raises SystemExit with one line when a name, a type, a value or a file is wrong
     """
     args, rest = [], iter(sys.argv[1:] if argv is None else argv)
     for arg in rest:                                 # -n 8 or -n=8 becomes --num_shards=8
@@ -45,19 +79,26 @@ def configure(scope, argv=None, show=True):
             arg = f"--{SHORT[short]}={value}"
         args.append(arg)
     knobs = {name: value for name, value in scope.items() if is_knob(name, value)}
-    for name, value in knobs.items():
-        assert type(value) in (int, float, bool, str), f"knob {name} = {value!r}: must be an int, float, bool or str"
+    with open(scope["__file__"], encoding="utf-8") as f:                         # knob -> its line
+        lines = {name: line.rstrip() for line in f if (name := line.split(" = ")[0]) in knobs}
     if "--help" in args or "-h" in args:             # the docstring, and the knobs with their comments
-        with open(scope["__file__"], encoding="utf-8") as f:
-            lines = [line.rstrip() for line in f if line.split(" = ")[0] in knobs]
-        print("\n".join([(scope.get("__doc__") or "").strip(), "", *lines]))
+        print("\n".join([(scope.get("__doc__") or "").strip(), "", *lines.values()]))
         raise SystemExit(0)
     came_from = {}                                   # knob -> the file or flag that set it last
     for arg in args:
         read = read_flag if arg.startswith("-") else read_file
         for name, value in read(arg, knobs):
-            knobs[name] = checked(name, value, knobs, arg)
+            knobs[name] = checked(name, value, knobs, arg if read is read_file else f"--{name}")
             came_from[name] = arg if read is read_file else "command line"
+    script = os.path.basename(scope["__file__"])
+    for name, value in knobs.items():                # a default, too: it may have been edited
+        if problem := problem_with_value(script, name, value):
+            origin = f"{file}: " if (file := came_from.get(name, "")).endswith(".py") else ""
+            meaning, as_typed = lines.get(name, "").partition("#")[2].strip(), shown(value).strip("'")
+            raise SystemExit(f"{script}: {origin}{name}={as_typed}: {problem}" + (meaning and f" ({meaning})"))
+    up, down = (knobs.get(name, 0) for name in ("warmup_ratio", "warmdown_ratio"))
+    if up + down > 1 + 1e-9:                         # not a hair above: 0.7 + 0.3 is right
+        raise SystemExit(f"{script}: warmup_ratio={up}, warmdown_ratio={down}: shares of one run, together at most 1")
     for name, origin in came_from.items() if show else ():
         print0(f"  {name} = {knobs[name]!r}   ({origin})")
     scope.update(knobs)
@@ -77,7 +118,8 @@ def read_flag(arg, knobs):
         near = difflib.get_close_matches(name.replace("-", "_"), knobs, n=1)
         raise SystemExit(f"{arg}: write --{near[0] if near else name}=VALUE (--help lists the knobs)")
     if not isinstance(knobs.get(name), str):
-        with contextlib.suppress(ValueError, SyntaxError):       # checked() rejects what is no value and says why
+        # what is no value, checked() rejects and says why
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return [(name, ast.literal_eval(text))]
     return [(name, text)]
 
@@ -104,14 +146,33 @@ def read_file(path, knobs):
             if is_knob(name, value) and (name not in knobs or value is not knobs[name])]
 
 
-def checked(name, value, knobs, arg):
+def checked(name, value, knobs, origin):
     """value, if it may replace knobs[name]; an int may stand for a float, 0 and 1 for a bool."""
     if name not in knobs:
         near = difflib.get_close_matches(name.replace("-", "_"), knobs, n=1)
-        raise SystemExit(f"{arg}: there is no knob {name!r}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+        raise SystemExit(f"{origin}: there is no knob {name!r}; " +
+                         (f"did you mean {near[0]}?" if near else "see --help"))
     wanted = type(knobs[name])
-    if type(value) is int and (wanted is float or wanted is bool and value in (0, 1)):
+    if type(value) is int and (wanted is float and abs(value) < 2**63 or wanted is bool and value in (0, 1)):
         return wanted(value)
     if type(value) is not wanted:
-        raise SystemExit(f"{arg}: {name} must be {wanted.__name__}, like {knobs[name]!r}, not {value!r}")
+        raise SystemExit(f"{origin}: {name} must be {wanted.__name__}, like {shown(knobs[name])}, not {shown(value)}")
     return value
+
+
+def problem_with_value(script, name, value):
+    """What keeps a script's knob from having this value, "" for nothing; a number in no table has only to be finite."""
+    if isinstance(value, str):
+        choices = CHOICES.get(name, [value])
+        return "" if value in choices else "must be " + " or ".join(choice or '""' for choice in choices)
+    low, high = RANGES.get(f"{script} {name}") or RANGES.get(name, (-1e308, 1e308))
+    finite = "finite, " if isinstance(value, float) and not math.isfinite(value) else ""
+    return "" if low <= value <= high else f"must be {finite}{low:,} to {high:,}"
+
+
+def shown(value):
+    """A value for a message: its repr, cut where it is long."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:                               # Python writes no int of thousands of digits
+        return "a number with thousands of digits"

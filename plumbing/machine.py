@@ -5,7 +5,6 @@ No other file asks for a device by name, so a stage reads the same on a GPU and 
 """
 import itertools
 import json
-import math
 import os
 import platform
 import statistics
@@ -52,6 +51,10 @@ class Machine:
         import resource  # kilobytes, on macOS bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+    def own_memory(self):
+        """Bytes of the computer's memory, in which every model is made before it goes to a device."""
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
     def describe(self):
         """What goes into a checkpoint's meta: a resumed run takes the same number format and threads."""
         return dict(name=self.name, device=self.device.type, dtype=self.dtype_name, threads=self.threads, cores=cores(),
@@ -65,10 +68,6 @@ def start(device="", dtype="", meta=None):
     dtype  "" means as the model of `meta`, a checkpoint's, was trained where that was on such a device; else
            bfloat16 on NVIDIA GPUs from the A100 on and float32 elsewhere, and choose_numerics may time it on a CPU
     """
-    if device not in ("", "cpu", "cuda", "mps"):
-        raise SystemExit(f"device={device}: must be cuda, mps or cpu, or empty for the best there is")
-    if dtype not in ("", *DTYPES):
-        raise SystemExit(f"dtype={dtype}: must be float32 or bfloat16, or empty for the best there is")
     sys.excepthook = out_of_memory
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, asked = device or best, dtype
@@ -221,19 +220,15 @@ def last_pass(forward, is_last):
         forward.require_backward_grad_sync = is_last
 
 
-def clip(model, step, loss, grad_clip):
+def clip(model, loss, grad_clip):
     """
     The gradient scaled down where its norm is above grad_clip (0 = never).
 
     loss     this rank's part of the step's loss, a tensor
     returns  (loss of the whole step, norm of the gradient before clipping) as floats
-    raises   SystemExit where one of them is no number: the run has diverged, its weights are untouched
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf")).item()
     [loss] = sum_over_ranks([loss.item()], model.device)         # waits for the GPU
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise SystemExit(f"step {step}: loss {loss}, gradient norm {norm}: the training has diverged; the checkpoint on "
-                         "the disk is from before; go on with --resume=1 and another dtype, or anew with lower rates")
     return loss, norm
 
 

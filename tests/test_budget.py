@@ -22,7 +22,7 @@ def test_heads_follow_from_the_depth(depth, head_dim, n_head):
     assert shape["n_head"] == n_head and shape["n_embd"] == 64 * depth
 
 
-@pytest.mark.parametrize("depth, head_dim", [(0, 0), (2, 48), (1, 7)])
+@pytest.mark.parametrize("depth, head_dim", [(2, 48), (1, 7)])
 def test_an_impossible_shape_is_one_line(depth, head_dim):
     with pytest.raises(SystemExit):
         model_shape(depth, head_dim)

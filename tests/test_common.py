@@ -1,6 +1,11 @@
 """Schedules, averages, atomic files and the log."""
 import json
+import math
 import os
+import random
+import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,6 +65,23 @@ def test_progress_continues_where_it_was(tmp_path, capsys):
     assert rows[1]["mfu"] == pytest.approx(0.5) and rows[1]["tokens_per_second"] == pytest.approx(5)
     out = capsys.readouterr().out
     assert "mfu 50.0 %" in out and "lr 0.02 / 0.2 / 0.004" in out and rows[1]["embedding_lr"] == 0.2
+
+
+def test_a_long_run_watches_itself_and_says_each_thing_once(tmp_path, capsys, monkeypatch):
+    progress = Progress(Log(str(tmp_path), 0), 0, 1000, 10.0, 0.0, checkpoint_bytes=5_000_000)
+    rng = random.Random(0)
+    for step in range(300):                            # a run as it should be: falling, noisy, on a machine with moods
+        loss = 3 + 8 * math.exp(-step / 50) + rng.gauss(0, 0.15)
+        progress.update(step, loss, 1.0, RATES, 50, rng.uniform(0.1, 0.9))
+    assert not re.search(r"^step +\d+:", capsys.readouterr().out, re.MULTILINE)
+    for step in range(300, 302):
+        progress.update(step, 5.0, 1.0, RATES, 50, 0.5)
+        progress.update(step, 3.0, 1.0, RATES, 50, 50.0)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4_000_000))
+    said = re.findall(r"^step +(\d+): (.*)", capsys.readouterr().out, re.MULTILINE)
+    assert [step for step, _ in said] == ["300", "300", "301"]
+    for (_, line), words in zip(said, ("loss 5.00, far above the mean 3.0", "50s, the median is", "4 MB are free in")):
+        assert line.startswith(words), line
 
 
 def test_durations_are_for_people():

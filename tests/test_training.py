@@ -6,6 +6,7 @@ a few seconds, most of it the start of Python.
 """
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import pytest
 import torch
 
+from checkpoint import require_finite, steps_in
 from conftest import ROOT
 from model import GPTConfig
 from plumbing.budget import checkpoint_bytes
@@ -251,9 +253,19 @@ def test_a_tokenizer_that_is_gone_is_not_to_be_made_again(copy):
 def test_a_divergence_stops_before_the_weights_are_touched(copy):
     shutil.rmtree(copy / FOLDER["base"])
     done = run(copy, *STAGES["base"], "--matrix_lr=1e38", "--save_every=1", check=False)
-    assert done.returncode == 1 and "diverged" in done.stderr
+    assert done.returncode == 1 and "diverged" in done.stderr and "Traceback" not in done.stderr
+    steps = steps_in(copy / FOLDER["base"])
+    assert re.search(rf"^step {steps[-1]}, rows {8 * steps[-1]} to {8 * steps[-1] + 7} of the data: loss nan", done.stderr)
+    assert f"the checkpoint of step {steps[-1]} is from before: go on from it with --resume=1" in done.stderr
     saved = sorted(name for name in os.listdir(copy / FOLDER["base"]) if name.startswith("model"))
     assert all(torch.isfinite(w).all() for name in saved for w in torch.load(copy / FOLDER["base"] / name).values())
+
+
+def test_a_divergence_before_the_first_checkpoint_does_not_speak_of_one(tmp_path):
+    require_finite(tmp_path, 3, 8, 2.0, 0.5)
+    for loss, norm in ((float("nan"), 1.0), (1.0, float("inf"))):
+        with pytest.raises(SystemExit, match="step 3, rows 24 to 31 of the data.*no checkpoint is there yet: begin anew"):
+            require_finite(tmp_path, 3, 8, loss, norm)
 
 
 @pytest.fixture
