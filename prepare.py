@@ -33,8 +33,6 @@ tasks = False          # 1 = fetch what the tasks need (conversations, questions
 verify = False         # 1 = read every file to its end, by its checksum where one was kept; alone: those that are here
 config = configure(globals())
 
-if not 0 <= num_shards <= VAL_SHARD or num_threads < 1:
-    raise SystemExit(f"num_shards={num_shards}, num_threads={num_threads}: must be 0 to {VAL_SHARD}, and 1 or more")
 SHARD_URL = f"{HUB}/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main/shard_%05d.parquet"
 
 
