@@ -140,13 +140,14 @@ def seconds(k, speed):
     """
     {stage: (seconds of training, of all else)} with the knobs k.
 
-    speed  of one device, dict(base, mid, sft, score: FLOP/s; answer: seconds of a pass per layer; start: of a program;
-           begin: of each stage before its first step)
+    speed  of one device, dict(base, mid, sft, score, score_sft: FLOP/s, the last two of evaluations; answer: seconds
+           of a pass per layer; start: of a program; begin: of each stage before its first step)
     """
     flops, result = flops_per_token(model_of(k)), {}
     for stage, (steps, step_tokens, scored) in stages(k).items():
         training = steps * step_tokens * flops / speed.get(stage, 1.0) / k.num_processes
-        tests = scored * flops / 3 / speed["score"] + answer_passes(k, stage) * speed["answer"] * k.depth
+        score = speed["score_sft" if stage == "sft" else "score"]
+        tests = scored * flops / 3 / score + answer_passes(k, stage) * speed["answer"] * k.depth
         result[stage] = training, tests / k.num_processes + PROGRAMS[stage] * speed["start"] + speed["begin"][stage]
     return result
 
@@ -157,7 +158,7 @@ def predicted(name):
     speed = mfu * peak_flops(name)
     # assumed: what is not compiled, or small, is half as fast; a layer's 20 kernels for one token take 20 microseconds
     # each to be started from Python, a program 10 seconds, compiling and fitting the micro-batch 90
-    return dict(base=speed, mid=speed, sft=speed / 2, score=speed / 2, answer=4e-4, start=10.0,
+    return dict(base=speed, mid=speed, sft=speed / 2, score=speed / 2, score_sft=speed / 2, answer=4e-4, start=10.0,
                 begin=dict(base=90.0, mid=90.0, sft=20.0, report=0.0)), mfu
 
 

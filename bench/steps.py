@@ -73,7 +73,7 @@ def measure(shape, batch, sft_batch, data, gradient_checkpointing):
     shape      what a GPTConfig takes, as a dict
     batch      (rows of a step that a process has, rows of a micro-batch; 0 = fitted); sft_batch: of fine-tuning
     data       dict(mid_scored, sft_row, sft_scored): what the conversations are like, see plan.py
-    speed      dict(base, mid, sft, score: FLOP/s; answer: seconds of a pass per layer; start: of a program;
+    speed      dict(base, mid, sft, score, score_sft: FLOP/s; answer: seconds of a pass per layer; start: of a program;
                begin: of each stage before its first step), as plan.py takes it
     """
     (rows, asked), (sft_rows, sft_B), config = batch, sft_batch, GPTConfig(**shape)
@@ -94,7 +94,10 @@ def measure(shape, batch, sft_batch, data, gradient_checkpointing):
     speed["mid"] = speed["base"] if cuda else step_speed(rows, B, T, data["mid_scored"])     # a CPU skips the others
     speed["score"] = B * T * flops / 3 / timed(machine, score, model, lambda: batches(machine, B, B, T, V))
     memory, model.compiled_parts = machine.peak_memory(), None               # fine-tuning and answers are not compiled
-    speed["sft"] = step_speed(sft_rows, min(sft_rows, sft_B or sft_rows), min(data["sft_row"], T), data["sft_scored"])
+    sft_B, row = min(sft_rows, sft_B or sft_rows), min(data["sft_row"], T)
+    speed["sft"] = step_speed(sft_rows, sft_B, row, data["sft_scored"])
+    answers = lambda: batches(machine, sft_B, sft_B, row, V, data["sft_scored"])     # noqa: E731
+    speed["score_sft"] = sft_B * row * flops / 3 / timed(machine, score, model, answers)
     speed["answer"] = timed(machine, answer, model, min(32, T)) / min(32, T) / config.n_layer
     clock = time.perf_counter()
     subprocess.run([sys.executable, "chat_sft.py", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
