@@ -40,27 +40,35 @@ configuration                         # the driver's table: the values of $CONFI
 if [ "$CONFIG" = tiny ]; then NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat/tiny}; fi
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
 
-plan() {
-    "$1" plan.py --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$TOTAL_BATCH_SIZE" \
-        --num_iterations="$BASE_ITERATIONS" --mid_iterations="$MID_ITERATIONS" --sft_iterations="$SFT_ITERATIONS" \
-        --num_shards="$DATA_SHARDS" --vocab_size="$VOCAB_SIZE" --device_batch_size="$DEVICE_BATCH_SIZE" --num_processes="$((NPROC * NNODES))" \
-        --gradient_checkpointing="$GRADIENT_CHECKPOINTING" --known="$VARIABLES" --given="$(compgen -e)"
-}
-# before anything is downloaded; the plan needs a Python but no packages, and with torch it can time a CPU
-planned=0; case "${PLAN:-0}" in 0) ;; *) planned=1 ;; esac
-if [ "$planned" = 1 ] && [ -x .venv/bin/python ]; then plan .venv/bin/python
-elif python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then plan python3; else . ./setup.sh; plan python; fi
-if [ "$planned" = 1 ]; then exit 0; fi
+# what plan.py needs to know; with PLAN=flags it asks for them itself, for each row of the drivers' tables
+plan_flags=(--depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$TOTAL_BATCH_SIZE" --vocab_size="$VOCAB_SIZE"
+    --num_iterations="$BASE_ITERATIONS" --mid_iterations="$MID_ITERATIONS" --sft_iterations="$SFT_ITERATIONS"
+    --num_shards="$DATA_SHARDS" --num_processes="$((NPROC * NNODES))" --gradient_checkpointing="$GRADIENT_CHECKPOINTING"
+    --device_batch_size="$DEVICE_BATCH_SIZE" --sft_batch_size="${SFT_BATCH_SIZE:-4}" --core_metric_every="$CORE_METRIC_EVERY"
+    --core_items="$CORE_ITEMS" --eval_problems="$EVAL_PROBLEMS")
+if [ "$CONFIG" = tiny ]; then plan_flags+=(--tiny=1 --head_dim="$(of base head_dim)" --sft_batch_size="${SFT_BATCH_SIZE:-0}"); fi
+plan() { "$1" plan.py "${plan_flags[@]}" --known="$VARIABLES" --given="$(compgen -e)" "${@:2}"; }
+# a CPU thread that has nothing to do looks for work some microseconds long, then sleeps: sleeping at once makes a step
+# 1.4 times slower on a quiet machine; for a busy one plumbing/machine.py finds by timing that one thread is faster than two
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} PYTHONUNBUFFERED=1
+
+# before anything is downloaded; it needs a Python but no packages, and with torch it can time steps
+case "${PLAN:-0}" in
+    0) how=(--measure=0) ;;
+    flags) printf '%s\n' "${plan_flags[@]}"; exit 0 ;;
+    1) how=(--measure=1) ;;
+    *) how=(--gpu="$PLAN") ;;         # the name of a card that is not here
+esac
+if [ "${PLAN:-0}" != 0 ] && [ -x .venv/bin/python ]; then plan .venv/bin/python "${how[@]}"
+elif python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then plan python3 "${how[@]}"
+else . ./setup.sh; plan python "${how[@]}"; fi
+if [ "${PLAN:-0}" != 0 ]; then exit 0; fi
 
 . ./setup.sh
 if [ "$CONFIG" != tiny ] && nvidia-smi >/dev/null 2>&1 && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "pipeline: there is a GPU, but this torch can't use it; update the NVIDIA driver, or install a torch built for it into .venv" >&2
     exit 1
 fi
-# a CPU thread that has nothing to do looks for work some microseconds long, then sleeps: sleeping at once makes a step
-# 1.4 times slower on a quiet machine; for a busy one plumbing/machine.py finds by timing that one thread is faster than two
-export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} PYTHONUNBUFFERED=1
-
 if [ "$CONFIG" = tiny ]; then
     base_flags=(config/tiny_base.py) mid_flags=(config/tiny_mid.py) sft_flags=(config/tiny_sft.py ${SFT_BATCH_SIZE:+"--device_batch_size=$SFT_BATCH_SIZE"})
     base_tests=(--tasks=bpb,samples) chat_tests=(--embedded=1 --max_tokens=160) references=    # tests of its own, no download

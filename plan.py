@@ -1,16 +1,24 @@
 """
-Say what a run will be before it starts: parameters, tokens, steps, disk, memory, time.
+Say what a run will be before it starts: tokens, steps, disk, memory, hours, and what would fit into a night here.
+
+Real steps of every stage are timed on this machine, with random tokens. Without a GPU the steps are reckoned for the
+card named by --gpu, from a prediction; the tiny run is made on the CPU, so it is timed there.
 
 run     python plan.py --depth=12 --num_iterations=500
+        python plan.py --gpu=H100
+        CONFIG=small PLAN=1 bash run_realistic.sh
 """
 import difflib
+import math
+import os
+import re
 import subprocess
 from types import SimpleNamespace
 
-from plumbing.budget import (CPU_BYTES, KEEP, SHARD_BYTES, SHARD_TOKENS, checkpoint_bytes, flops_per_token,
-                             micro_batch, model_shape, num_params, peak_flops, row_bytes, rows_per_step, state_bytes,
-                             usable_bytes)
-from plumbing.common import base_path, duration
+from plumbing.budget import (CARD_GB, CPU_BYTES, KEEP, SHARD_BYTES, SHARD_TOKENS, card_bytes, checkpoint_bytes,
+                             flops_per_token, micro_batch, model_shape, num_params, peak_bytes, peak_flops,
+                             rows_per_step, usable_bytes)
+from plumbing.common import ROOT, base_path, duration
 from plumbing.configurator import configure
 
 depth = 12                     # layers
@@ -24,15 +32,41 @@ sft_iterations = 0             # 0 = one epoch, about 720 steps of 32 conversati
 num_shards = 0                 # shards of text to download
 vocab_size = 65536
 device_batch_size = 0          # rows per micro-batch; 0 = the most that fit
+sft_batch_size = 4             # conversations per micro-batch of fine-tuning; 0 = the most that fit
+core_metric_every = 0          # steps between evaluations of CORE while training; 0 = never
+core_items = 0                 # items of each CORE task after it; 0 = all
+eval_problems = 0              # problems of each chat task; 0 = all
 num_processes = 1              # GPUs
 gradient_checkpointing = False # 1 = less memory, slower
+tiny = False                   # 1 = the tiny run: no download, short tests, on a CPU where there is no GPU
+gpu = ""                       # a card that is not here, to reckon for: A100, "A100 80GB", H100; "" = what is here
+measure = True                 # 0 = only what needs no step to be timed
 known = ""                     # names of the drivers' variables, for the next one
 given = ""                     # names of the variables that are set; one that is nearly a known name ends the run
 config = configure(globals(), show=False)
 
-SHARD_DISK = SHARD_BYTES + 2 * SHARD_TOKENS   # the parquet file and its tokens
+NAMES = dict(base="pretraining", mid="mid-training", sft="fine-tuning", report="report, questions")
+PROGRAMS = dict(base=3, mid=3, sft=2, report=2)       # that a stage starts: to train, to test, to ask a question
+SHARD_DISK = SHARD_BYTES + 2 * SHARD_TOKENS           # the parquet file and its tokens
 TASK_DISK = 1.6e9              # conversations and questions, and the tokens made from them
-MFU = 0.60                     # share of the peak of a compiled run; assumed, not measured
+CORE_ITEMS = 91037             # in 22 tasks
+CORE_TOKENS = 600              # that one is read in: 530 in rows of 1,024, 725 in rows of 2,048
+MID_EPOCH = 0.4e9              # tokens of mid-training's conversations
+SFT_EPOCH = 720                # steps of fine-tuning
+# What the stages read. Measured 2026-11, of the tiny run on its own conversations, of the others on real ones but for
+# SmolTalk's, which were not at hand: they are taken to have 700 tokens, with which fine-tuning's have 400 on average.
+DATA = dict(
+    tiny=dict(mid_scored=0.61,                        # share of the tokens that are scored: what the assistant says
+              sft_row=141, sft_scored=0.17,           # a conversation filled up to its micro-batch's longest; likewise
+              bpb=0.06, last_bpb=dict(base=222e3, mid=12e3),    # tokens evaluated, per token trained and at the end
+              sft_every=15, sft_val=100,              # steps between evaluations of fine-tuning, conversations in one
+              quick=0,                                # answers written in each of its tests
+              answers=(18, 200, 100), longest=54),    # chat_eval.py's questions; tokens of the longest answer of 16
+    full=dict(mid_scored=0.62, sft_row=800, sft_scored=0.3, bpb=0.02, last_bpb=dict(base=3 * 10485760, mid=10485760),
+              sft_every=100, sft_val=400, quick=400, answers=(1319, 164, 256, 200, 18), longest=400))
+# Share of its bf16 peak that a training step reaches, PREDICTED from the code that is generated for d12 (d18: 4 more),
+# right to 15 %; for any other card the lowest.
+PREDICTED_MFU = {"A100": 0.69, "A800": 0.69, "H200": 0.53, "H100": 0.47, "RTX 4090": 0.72}
 
 
 def misspelt(given, known):
@@ -43,58 +77,173 @@ def misspelt(given, known):
             return name, near[0]
 
 
-def gpu():
+def gpu_here():
     """(name, bytes of memory) of the first NVIDIA GPU, or ("", 0)."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        name, megabytes = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+        name, megabytes = lines[0].split(", ")
     except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
         return "", 0
     return name, int(megabytes) * 2 ** 20
 
 
-def cpu_speed(model, rows):
-    """FLOP/s of this machine's cores in training, timed for some seconds; 0.0 where torch is not installed yet."""
-    try:
-        from model import GPT, GPTConfig
-        from plumbing.machine import time_numerics
-    except Exception:                            # no torch yet, another than ours, or a broken one
-        return 0.0
-    print("timing a training step ...", flush=True)
-    return flops_per_token(model) / time_numerics(GPT(GPTConfig(**vars(model))), rows)["seconds_per_token"]
+def configurations():
+    """{CONFIG: the flags that the drivers give this script}, asked of the drivers, which have the tables."""
+    found = {}
+    for driver in ("run_realistic.sh", "run_single_a100.sh"):
+        with open(os.path.join(ROOT, driver), encoding="utf-8") as f:
+            names = re.findall(r"^ +(\w+)\) +:", f.read(), re.MULTILINE)
+        for name in names:                           # without what is set from outside for the run that is planned
+            unset = [f"-u{variable}" for variable in known.split()]
+            ask = ["env", *unset, f"CONFIG={name}", "PLAN=flags", "bash", driver]
+            lines = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+            found[name] = [line for line in lines if line.startswith("--")]
+    return found
+
+
+def data_of(k):
+    """What a run with the knobs k reads."""
+    return DATA["tiny" if k.tiny else "full"]
+
+
+def model_of(k):
+    """What a GPTConfig says, for the knobs k; without torch."""
+    return SimpleNamespace(sequence_len=k.max_seq_len, vocab_size=k.vocab_size, **model_shape(k.depth, k.head_dim))
+
+
+def stages(k):
+    """{stage: (steps, tokens in a step, tokens that are only scored)} of a run with the knobs k."""
+    data, step = data_of(k), rows_per_step(k.total_batch_size, k.max_seq_len) * k.max_seq_len
+    base = k.num_iterations or max(1, round(k.target_param_data_ratio * num_params(model_of(k))["total"] / step))
+    mid, sft = k.mid_iterations or max(1, round(MID_EPOCH / step)), k.sft_iterations or SFT_EPOCH
+    row = min(data["sft_row"], k.max_seq_len)
+    # bits per byte while training; at its end of at most a tenth as much, and once more of two texts; CORE
+    scored = {stage: step * n * data["bpb"] + min(data["last_bpb"][stage], step * n * most)
+              for stage, n, most in (("base", base, 0.3), ("mid", mid, 0.1))}
+    if not k.tiny:
+        evaluations = base // k.core_metric_every if k.core_metric_every else 0
+        scored["base"] += CORE_TOKENS * (min(CORE_ITEMS, 22 * k.core_items or CORE_ITEMS) + evaluations * 22 * 500)
+    return dict(base=(base, step, scored["base"]), mid=(mid, step, scored["mid"]),
+                sft=(sft, 32 * row, (sft // data["sft_every"] + 1) * data["sft_val"] * row), report=(0, 0, 0))
+
+
+def answer_passes(k, stage):
+    """Passes over one token of 16 answers that the tests of a stage take."""
+    data = data_of(k)
+    batches = sum(-(-min(n, k.eval_problems or n) // 16) for n in data["answers"])
+    quick = (stages(k)["sft"][0] // 200 + 1) * -(-data["quick"] // 16) * 128 if stage == "sft" else 0
+    return quick + batches * min(data["longest"], k.max_seq_len // 2) if stage in ("mid", "sft") else 0
+
+
+def seconds(k, speed):
+    """
+    {stage: (seconds of training, of all else)} with the knobs k.
+
+    speed  of one device, dict(base, mid, sft, score, score_sft: FLOP/s, the last two of evaluations; answer: seconds
+           of a pass per layer; start: of a program; begin: of each stage before its first step)
+    """
+    flops, result = flops_per_token(model_of(k)), {}
+    for stage, (steps, step_tokens, scored) in stages(k).items():
+        training = steps * step_tokens * flops / speed.get(stage, 1.0) / k.num_processes
+        score = speed["score_sft" if stage == "sft" else "score"]
+        tests = scored * flops / 3 / score + answer_passes(k, stage) * speed["answer"] * k.depth
+        result[stage] = training, tests / k.num_processes + PROGRAMS[stage] * speed["start"] + speed["begin"][stage]
+    return result
+
+
+def predicted(name):
+    """(speed of a card that is not measured, see seconds(); the share of its peak that is reckoned with)."""
+    mfu = next((mfu for card, mfu in PREDICTED_MFU.items() if card in name), min(PREDICTED_MFU.values()))
+    speed = mfu * peak_flops(name)
+    # assumed: what is not compiled, or small, is half as fast; a layer's 20 kernels for one token take 20 microseconds
+    # each to be started from Python, a program 10 seconds, compiling and fitting the micro-batch 90
+    return dict(base=speed, mid=speed, sft=speed / 2, score=speed / 2, score_sft=speed / 2, answer=4e-4, start=10.0,
+                begin=dict(base=90.0, mid=90.0, sft=20.0, report=0.0)), mfu
+
+
+def memory_of(k, gpu_bytes):
+    """
+    (rows of a micro-batch, bytes of memory) of a training step with the knobs k, on a GPU or (0 bytes) a CPU.
+
+    Where not one row fits gradient checkpointing goes on, as it does in training.
+    """
+    rows, model, value = rows_per_step(k.total_batch_size, k.max_seq_len), model_of(k), 2 if gpu_bytes else 4
+    free = usable_bytes(gpu_bytes) if gpu_bytes else CPU_BYTES
+    for checkpointing in (k.gradient_checkpointing, True):
+        B = micro_batch(rows, k.num_processes, k.device_batch_size, free, model, value, checkpointing)
+        need = peak_bytes(model, B, value, checkpointing)
+        if not gpu_bytes or need < gpu_bytes:
+            break
+    return B, need
+
+
+def show_times(k, speed):
+    """The stages as a table; without their times where the speed is not known (None)."""
+    times = {stage: map(duration, both) for stage, both in seconds(k, speed).items()} if speed else {}
+    print(f"  {'':18}{'steps':>7}{'tokens a step':>15}{'in all':>9}{'training':>10}{'the rest':>10}")
+    for stage, (steps, tokens, _) in stages(k).items():
+        training, rest = times.get(stage, "??")
+        size = f"{steps:>7,}{tokens:>15,}{steps * tokens / 1e6:>8,.1f}M{training:>10}" if steps else " " * 41
+        print(f"  {NAMES[stage]:18}{size}{rest:>10}")
+
+
+def show_choices(speed, gpu_bytes):
+    """Which rows of the drivers' tables would fit into some hours, at the speed of the model that was planned."""
+    hours = {}
+    for name, flags in configurations().items():
+        k = SimpleNamespace(**configure(dict(config), flags, show=False) | dict(num_processes=num_processes))
+        took, (B, need) = sum(map(sum, seconds(k, speed).values())) / 3600, memory_of(k, gpu_bytes)
+        fits = not gpu_bytes or need < gpu_bytes
+        hours[name] = took if fits else math.inf
+        how = f"{B} rows at a time" if fits else "too much"
+        print(f"  CONFIG={name:13}d{k.depth:<3}{took:>9,.1f} h{need / 1e9:>7.1f} GB, {how}")
+    for limit in (1, 4, 12, 24):
+        print(f"  in {limit:>2} h: {', '.join(name for name, h in hours.items() if h <= limit) or 'none of them'}")
 
 
 if wrong := misspelt(given.split(), known.split()):
     raise SystemExit(f"{wrong[0]} is set, which nothing reads: did you mean {wrong[1]}? (unset {wrong[0]} to go on without)")
-model = SimpleNamespace(sequence_len=max_seq_len, vocab_size=vocab_size, **model_shape(depth, head_dim))
-params, flops = num_params(model), flops_per_token(model)
-rows = rows_per_step(total_batch_size, max_seq_len)
-step_tokens = rows * max_seq_len
-base_steps = num_iterations or round(target_param_data_ratio * params["total"] / step_tokens)
-mid_steps = mid_iterations or round(0.4e9 / step_tokens)
-sft_steps = sft_iterations or 720
-tokens = dict(base=base_steps * step_tokens, mid=mid_steps * step_tokens, sft=sft_steps * 32 * min(400, max_seq_len))
-name, memory = gpu()
-speed = MFU * peak_flops(name or "A100") if name or num_shards else cpu_speed(model, rows)
-memory = memory or (40e9 if num_shards else 0)         # planned without a GPU: for an A100 with 40 GB
-B = micro_batch(rows, num_processes, device_batch_size, usable_bytes(memory) if memory else CPU_BYTES, model,
-                        2 if memory else 4, gradient_checkpointing)
-gpu_bytes = state_bytes(model) + B * row_bytes(model, 2, gradient_checkpointing) + 4e9
-checkpoints = (3 * KEEP + 1) * checkpoint_bytes(model)   # of three stages, and the one being written
-disk = num_shards * SHARD_DISK + (TASK_DISK if num_shards else 0) + checkpoints
-
-print(f"plan: d{depth}, {params['total'] / 1e6:.1f}M parameters, rows of {max_seq_len:,} tokens, vocabulary {vocab_size:,}")
-print(f"  steps   base {base_steps:,}, mid {mid_steps:,} of {step_tokens:,} tokens; fine-tuning {sft_steps:,} of 32 conversations")
-print(f"  tokens  base {tokens['base'] / 1e6:,.1f}M ({tokens['base'] / params['total']:.1f} per parameter), mid {tokens['mid'] / 1e6:,.1f}M"
+if gpu and not peak_flops(gpu):
+    raise SystemExit(f"gpu={gpu}: must be one of {', '.join(CARD_GB)}; 'A100 80GB' is one of that size")
+k, (here, gpu_bytes) = SimpleNamespace(**config), gpu_here()
+base_steps, step_tokens, _ = stages(k)["base"]
+params, tokens = num_params(model_of(k))["total"], base_steps * step_tokens
+checkpoints = (3 * KEEP + 1) * checkpoint_bytes(model_of(k))     # of three stages, and the one being written
+disk = (num_shards * SHARD_DISK + TASK_DISK if num_shards else 0) + checkpoints
+print(f"plan: d{depth}, {params / 1e6:.1f}M parameters, rows of {max_seq_len:,} tokens, vocabulary {vocab_size:,}")
+print(f"  tokens  base {tokens / 1e6:,.1f}M, {tokens / params:.1f} per parameter"
       + (f"; {num_shards} shards hold about {num_shards * SHARD_TOKENS / 1e6:,.0f}M" if num_shards else ""))
 print(f"  disk    about {disk / 1e9:.1f} GB in {base_path()}")
-if num_shards:
-    print(f"  memory  about {gpu_bytes / 1e9:.0f} GB of a GPU's, with micro-batches of {B} rows")
-where = (f"{num_processes} x " if num_processes > 1 else "") + (name or ("an A100" if num_shards else "these CPU cores"))
+
+card, speed, where = gpu or here or ("" if tiny else "A100"), None, ""
+if measure and not gpu and (here or tiny):
+    try:
+        import torch
+
+        from bench.steps import measure as measured
+        if here and not torch.cuda.is_available():
+            raise OSError("there is a GPU, but this torch can't use it")
+    except Exception as error:                       # no torch yet, another than ours, or a broken one
+        print(f"  not measured: {(str(error) or repr(error)).splitlines()[0]:.80}")
+    else:
+        print("timing real steps of every stage ...", flush=True)
+        share = -(-rows_per_step(total_batch_size, max_seq_len) // num_processes)
+        batch, sft_batch = (share, device_batch_size), (-(-32 // num_processes), sft_batch_size)
+        speed, B, need = measured(vars(model_of(k)), batch, sft_batch, data_of(k), gradient_checkpointing)
+        where = "measured" + (f" on one, reckoned for {num_processes}" if num_processes > 1 else "")
+if not speed and peak_flops(card):
+    speed, mfu = predicted(card)
+    gpu_bytes = gpu_bytes if card == here else card_bytes(card)
+    B, need = memory_of(k, gpu_bytes)
+    where = f"PREDICTED for {num_processes} x {card} ({gpu_bytes / 1e9:.0f} GB) at {100 * mfu:.0f} % of its peak" + (
+        "" if here else ", there is no GPU here (PLAN= or --gpu= names another card)")
 if speed:
-    seconds = {stage: n * flops / speed / (num_processes if name or num_shards else 1) for stage, n in tokens.items()}
-    print(f"  time    on {where}: base {duration(seconds['base'])}, mid {duration(seconds['mid'])}, fine-tuning "
-          f"{duration(seconds['sft'])}, without downloads and tests")
+    print(f"  memory  {need / 1e9:.1f} GB, in micro-batches of {B} rows")
+    total = sum(map(sum, seconds(k, speed).values()))
+    print(f"  time    {duration(total)}, {where}; set-up, downloads and tokenizer on top")
 else:
-    print(f"  time    unknown: there is no entry for {name} in plumbing/budget.py" if name else
-          "  time    pretraining begins with timing a step and says what it will take; after set-up PLAN=1 does that, too")
+    print("  time    PLAN=1 measures it, after set-up")
+show_times(k, speed)
+if speed and measure:
+    show_choices(speed, gpu_bytes)
