@@ -4,10 +4,26 @@ import runpy
 import sys
 import tempfile
 
+import pytest
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 # before any module of ours reads it
 os.environ["NANOCHAT_BASE_DIR"] = tempfile.mkdtemp(prefix="nanochat_test_")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the tests marked full, too: minutes each")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full: takes long, runs with --full")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "full" in item.keywords and not config.getoption("--full"):
+            item.add_marker(pytest.mark.skip(reason="takes long, runs with --full"))
 
 
 def run_script(name, *flags):

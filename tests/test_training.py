@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from model import GPTConfig
 from plumbing.budget import checkpoint_bytes
-from plumbing.common import read_log
+from plumbing.common import fingerprint, read_log
 
 SHAPE = ["--depth=1", "--head_dim=32", "--max_seq_len=128", "--total_batch_size=1024"]
 RUN = ["--dtype=float32", "--device=cpu", "--eval_every=10"]
@@ -41,6 +41,13 @@ def run(base_dir, *argv, check=True, launcher=()):
 
 def weights(folder, step):
     return torch.load(os.path.join(folder, f"model_{step:06d}.pt"), weights_only=True)
+
+
+def flip(path, place=0.5):
+    """Turn one bit of a file over."""
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
 
 
 def losses(folder):
@@ -179,13 +186,13 @@ def test_a_checkpoint_is_never_taken_for_what_it_is_not(copy):
     """Damaged, made with another tokenizer, or trained from another base model: each is one line."""
     mid = copy / FOLDER["mid"]
     path = mid / "model_000020.pt"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    done = run(copy, "chat_cli.py", "-i", "mid", "-p", "hi", check=False)
+    flip(path)
+    done = run(copy, "chat_cli.py", "-i", "mid", "-p", "hi", "--step=20", check=False)
     assert done.returncode == 1 and "damaged" in done.stderr and "Traceback" not in done.stderr
     meta = json.loads((mid / "meta_000020.json").read_text())
     meta["source"]["sha256"] = "0" * 64                 # as if the base model had been trained again
+    meta["files"]["model_000020.pt"] = fingerprint(path)
+    del meta["checksum"]
     (mid / "meta_000020.json").write_text(json.dumps(meta))
     done = run(copy, *STAGES["mid"], "--resume=1", check=False)
     assert done.returncode == 1 and "another base checkpoint" in done.stderr
