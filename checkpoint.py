@@ -17,8 +17,8 @@ import torch
 
 from model import GPT, GPTConfig
 from plumbing.budget import KEEP
-from plumbing.common import (RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, fingerprint, print0, read_json,
-                             sync, write_json)
+from plumbing.common import (RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, fingerprint, print0,
+                             read_json, sync, write_json)
 from plumbing.machine import barrier
 from tokenizer import load_tokenizer
 
@@ -48,9 +48,9 @@ def save_checkpoint(folder, step, model, optimizers, meta):
     bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     bad += [key for key in ("val_bpb", "val_loss") if not math.isfinite(meta.get(key) or 0.0)]
     if bad:
-        before = f"that of step {steps_in(folder)[-1]} stays the newest; go on from it with --resume=1 and another dtype, or " \
-            if steps_in(folder) else "there is none from before; "
-        raise SystemExit(f"{folder}: step {step} is not saved, {bad[0]} is not finite: the training has diverged; {before}"
+        steps = steps_in(folder)
+        before = f"step {steps[-1]} stays the newest; go on from it with another dtype, or" if steps else "none was saved before;"
+        raise SystemExit(f"{folder}: step {step} is not saved, {bad[0]} is not finite: the training has diverged; {before} "
                          "train anew with lower rates")
     os.makedirs(folder, exist_ok=True)
     if RANK == 0:
@@ -134,27 +134,29 @@ def whole_checkpoint(folder, step=0, to_train=False):
         bad.append(wrong)
         if to_train and RANK == 0:
             rename_damaged(folder, number)
-    text = f"{', '.join(bad)}: missing or damaged, not what was saved"
-    if len(bad) == len([step] if step else steps) > 0:
-        raise SystemExit(f"{text}; " + ("take another step" if step else "there is no checkpoint before; " + (
-            "the files are now *.damaged, and the same command trains from the beginning" if to_train
-            else "the command that trained it does so again")))
+    else:                                                        # no break: there are none, or none is whole
+        if bad:
+            raise SystemExit(f"{', '.join(bad)}: missing or damaged, not what was saved; " + (
+                "take another step" if step else "there is no checkpoint before, and the same command trains from the "
+                "beginning" if to_train else "there is no other checkpoint, and what trained it has to do so again"))
+        return {}
     if bad and RANK == 0:
-        print(f"({text}{', now *.damaged' if to_train else ''}; taken instead: step {meta['step']})", file=sys.stderr, flush=True)
-    return meta if steps else {}
+        print(f"({', '.join(bad)}: missing or damaged, not what was saved; taken instead: step {meta['step']})",
+              file=sys.stderr, flush=True)
+    return meta
 
 
 def first_damaged(folder, meta, step, to_train):
     """The path of the first file of a checkpoint that is not what was saved, "" if all are; meta = {}: the meta itself."""
-    paths = [path_of(folder, "model", step)]
-    if to_train and meta and not is_finished(meta):
-        paths += [path_of(folder, "optim", step, rank) for rank in range(meta["world_size"])]
-    for path in paths if meta else []:
+    if not meta:
+        return path_of(folder, "meta", step)
+    ranks = range(meta["world_size"]) if to_train and not is_finished(meta) else []
+    for path in [path_of(folder, "model", step), *(path_of(folder, "optim", step, rank) for rank in ranks)]:
         with contextlib.suppress(OSError):
             if fingerprint(path) == meta["files"].get(os.path.basename(path)):
                 continue
         return path
-    return "" if meta else path_of(folder, "meta", step)
+    return ""
 
 
 def rename_damaged(folder, step):

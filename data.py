@@ -323,8 +323,8 @@ class TokenStream:
         tokens, mask = files
         assert mask is None or len(mask) == len(tokens), f"{path}: its mask has another length"
         if (expected := self.counts()[len(self.files):][:1]) not in ([], [len(tokens)]):
-            raise SystemExit(f"{path}: {len(tokens):,} tokens, {expected[0]:,} when this run began, so its shard is another "
-                             "one now; put the old one back, or train anew with --model_tag=NEW")
+            raise SystemExit(f"{path}: {len(tokens):,} tokens, {expected[0]:,} when this run began, so its shard is "
+                             "another one now; put the old one back, or train anew with --model_tag=NEW")
         self.files.append((tokens, mask))
         self.ends.append((self.ends[-1] if self.ends else 0) + len(tokens))
 

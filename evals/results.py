@@ -65,7 +65,8 @@ def read_stage(stage, tag, remarks):
     # the log may be ahead of the newest checkpoint
     run["seconds"] = max([meta.get("progress", {}).get("seconds", 0.0), *series(log, "seconds")[1][-1:]])
     tests = [(row["test"], row) for row in log if "test" in row] + [*run["chat"].get("tasks", {}).items()]
-    run["answers"] = {name: (test["right"], test["total"]) for name, test in tests if test.get("total") and "right" in test}
+    run["answers"] = {name: (test["right"], test["total"]) for name, test in tests
+                      if "right" in test and test.get("total")}
     return run
 
 

@@ -127,7 +127,7 @@ def choose_numerics(machine, dtype, saved, folder, make_model, rows):
 
 def use_numerics(machine, dtype, saved):
     """Compute as in training (saved, from a meta), unless dtype is asked for; with as many threads on as many cores."""
-    if not saved or saved["device"] != machine.device.type:
+    if not saved or saved.get("device") != machine.device.type:
         return
     emulated = machine.device.type == "cuda" and saved["dtype"] == "bfloat16" and machine.dtype_name == "float32"
     if not dtype and not emulated:                               # a GPU before the A100 would be slow in bfloat16

@@ -14,6 +14,7 @@ import torch
 
 import checkpoint
 from checkpoint import find_checkpoint, path_of, read_meta, save_checkpoint, steps_in, whole_checkpoint
+from conftest import DAMAGES, damage
 from model import GPT, GPTConfig
 from muon import build_optimizers
 from plumbing import common
@@ -104,28 +105,20 @@ def test_killed_at_every_rename_flush_and_removal_of_a_save(folder, tmp_path, af
     assert found == sorted(found) and set(found) == {20, 30} and number > 15, "until the meta is there the old one counts"
 
 
-DAMAGES = dict(half=lambda b: b[:len(b) // 2], empty=lambda b: b"", flip=lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) +
-               b[len(b) // 2 + 1:], zeros=lambda b: bytes(len(b)), longer=lambda b: b + b"x", gone=None, object=lambda b: b"{}",
-               list=lambda b: b"[1, 2]", null=lambda b: b"null", deep=lambda b: b"[" * 100_000,
-               other=lambda b: json.dumps(dict(json.loads(b), step=10) if b[:1] == b"{" else 0).encode(),
-               nan=lambda b: json.dumps({k: v for k, v in (dict(json.loads(b), val_bpb=float("nan")) if b[:1] == b"{" else {}).items()
-                                         if k != "checksum"}).encode())
+def changed(content, **values):
+    """A meta with other values that is not checked by its sum; of another file nothing is left."""
+    return json.dumps({**json.loads(content), "checksum": None, **values} if content[:1] == b"{" else 0).encode()
 
 
-def damage(path, kind):
-    content = path.read_bytes()
-    os.remove(path)
-    if DAMAGES[kind]:
-        path.write_bytes(DAMAGES[kind](content))
-
-
-@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("kind", {**DAMAGES, "longer": lambda b: b + b"x", "deep": lambda b: b"[" * 100_000, "null": lambda b: b"null",
+                                  "step": lambda b: changed(b, step=10), "nan": lambda b: changed(b, val_bpb=float("nan"))}.items(),
+                         ids=lambda kind: kind[0])
 @pytest.mark.parametrize("name", ["meta_000020.json", "model_000020.pt", "optim_000020_rank0.pt"])
 def test_a_damaged_checkpoint_is_passed_over(folder, capsys, name, kind):
-    damage(folder / name, kind)
+    damage(folder / name, kind[1])
     needed = name[:5] != "optim"
     before = sorted(os.listdir(folder))
-    if needed and (kind, name[:4]) != ("gone", "meta"):
+    if needed and (kind[0], name[:4]) != ("gone", "meta"):
         with pytest.raises(SystemExit, match=f"{name}: missing or damaged.*take another step"):
             find_checkpoint("base", "d1", 20)
     found = find_checkpoint("base", "d1")[1]["step"]
@@ -133,7 +126,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, capsys, name, kind):
     capsys.readouterr()
     meta = whole_checkpoint(str(folder), to_train=True)
     require_saved(folder, meta)
-    if (kind, name[:4]) != ("gone", "meta"):
+    if (kind[0], name[:4]) != ("gone", "meta"):
         assert meta["step"] == 10 and capsys.readouterr().err.count("\n") == 1
         assert steps_in(str(folder)) == [10] and len([n for n in os.listdir(folder) if n.endswith(".damaged")]) == len(before) - 4
     save(folder, 20)
@@ -142,8 +135,8 @@ def test_a_damaged_checkpoint_is_passed_over(folder, capsys, name, kind):
 
 def test_when_none_is_whole_the_next_command_begins_anew(folder):
     for name in ("model_000010.pt", "meta_000020.json"):
-        damage(folder / name, "empty")
-    with pytest.raises(SystemExit, match="meta_000020.json, .*model_000010.pt: .*no checkpoint before"):
+        damage(folder / name, DAMAGES["empty"])
+    with pytest.raises(SystemExit, match="meta_000020.json, .*model_000010.pt: .*no other checkpoint"):
         find_checkpoint("base")
     with pytest.raises(SystemExit, match="the same command trains from the beginning"):
         whole_checkpoint(str(folder), to_train=True)
@@ -168,7 +161,7 @@ def test_what_is_not_finite_is_not_saved(folder, tmp_path, what):
         model.state_dict()[what][3, 5] = float("inf")
     else:
         meta[what] = float("nan")
-    for place, words in ((folder, "that of step 20 stays the newest"), (tmp_path / "new", "there is none from before")):
+    for place, words in ((folder, "step 20 stays the newest"), (tmp_path / "new", "none was saved before")):
         with pytest.raises(SystemExit, match=f"step 30 is not saved, {what} is not finite.*{words}"):
             save_checkpoint(str(place), 30, model, optimizers, meta)
     assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)} and not (tmp_path / "new").exists()

@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import DAMAGES, ROOT, damage
 from model import GPTConfig
 from plumbing.budget import checkpoint_bytes
 from plumbing.common import fingerprint, read_json, read_log
@@ -202,18 +202,6 @@ def test_a_checkpoint_is_never_taken_for_what_it_is_not(copy):
     assert done.returncode == 1 and "another tokenizer" in done.stderr
 
 
-DAMAGES = dict(half=lambda b: b[:len(b) // 2], empty=lambda b: b"", zeros=lambda b: bytes(len(b)), gone=None, object=lambda b: b"{}",
-               flip=lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:], list=lambda b: b"[1, 2]",
-               byte=lambda b: b[:len(b) // 2] + b"\xff" + b[len(b) // 2:])
-
-
-def damage(path, kind):
-    content = path.read_bytes()
-    os.remove(path)
-    if DAMAGES[kind]:
-        path.write_bytes(DAMAGES[kind](content))
-
-
 def require_same_end(trained, copy, stage):
     """The copy has come to the weights and losses of the run that nothing disturbed, bit for bit."""
     old, new = weights(trained / FOLDER[stage], 20), weights(copy / FOLDER[stage], 20)
@@ -222,7 +210,7 @@ def require_same_end(trained, copy, stage):
 
 
 def damaged_and_resumed(trained, copy, stage, name, kind):
-    damage(copy / FOLDER[stage] / name, kind)
+    damage(copy / FOLDER[stage] / name, DAMAGES[kind])
     done = run(copy, *STAGES[stage], "--save_every=10", "--resume=1")
     assert "taken instead: step 10)" in done.stderr or (kind, name[:4]) == ("gone", "meta"), done.stderr
     require_same_end(trained, copy, stage)
@@ -251,7 +239,7 @@ def test_each_damage_of_a_checkpoint_in_every_stage(trained, copy, stage, name, 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_each_damage_of_the_optimizers_state_in_every_stage(trained, copy, stage, kind):
     (copy / FOLDER[stage] / "meta_000020.json").unlink()         # as if killed after step 10
-    damage(copy / FOLDER[stage] / "optim_000010_rank0.pt", kind)
+    damage(copy / FOLDER[stage] / "optim_000010_rank0.pt", DAMAGES[kind])
     done = run(copy, *STAGES[stage], "--save_every=10", "--resume=1", check=False)
     assert done.returncode == 1 and "the same command trains from the beginning" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -320,7 +308,7 @@ def test_killed_at_every_rename_flush_and_removal_of_a_run(trained, tmp_path, st
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", set(DAMAGES) - {"gone"})
+@pytest.mark.parametrize("kind", sorted({*DAMAGES} - {"gone"}))
 def test_each_damage_of_a_small_file_is_one_line_and_made_again(copy, kind):
     base, sft = copy / FOLDER["base"], copy / FOLDER["sft"]
     fresh = [arg for arg in STAGES["base"] if "dtype" not in arg and "num_iter" not in arg] + ["--num_iterations=1", "--model_tag=x"]
@@ -331,7 +319,7 @@ def test_each_damage_of_a_small_file_is_one_line_and_made_again(copy, kind):
     for path, argv in cases:
         run(copy, *argv)
         good = read_json(str(path))
-        damage(path, kind)
+        damage(path, DAMAGES[kind])
         run(copy, "report.py", "--model_tag=d1", "--copy_to=")
         if path.name == "numerics.json":
             for name in os.listdir(path.parent):
@@ -340,7 +328,7 @@ def test_each_damage_of_a_small_file_is_one_line_and_made_again(copy, kind):
         done = run(copy, *argv)
         assert kind == "object" or f"{path}: damaged, so it is made again" in done.stdout, done.stdout
         assert good and good.keys() == read_json(str(path)).keys()
-    damage(copy / "tokenizer/meta.json", kind)
+    damage(copy / "tokenizer/meta.json", DAMAGES[kind])
     before = (copy / "tokenizer/vocab.tiktoken").read_bytes()
     done = run(copy, "chat_cli.py", "-p", "hi", check=False)
     assert done.returncode == 1 and "tokenizer is broken" in done.stderr and len(done.stderr.splitlines()) == 1
