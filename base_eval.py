@@ -49,7 +49,7 @@ path = os.path.join(folder, "eval.json")
 
 # results of the same weights stay; what is evaluated now takes the place of its part
 fresh = dict(step=meta["step"], checkpoint=sha_of(meta), settings={}, seconds={})
-results = read_results(path, checkpoint=sha_of(meta)) or fresh
+results = fresh | read_results(path, checkpoint=sha_of(meta))
 if resume:
     parts = [part for part in parts if results["settings"].get(part) != SETTINGS[part]]
     if not parts:

@@ -91,7 +91,7 @@ if core_metric_every:
 
 # the data: the list of shards goes into the checkpoint, so that a resumed run reads the same stream
 shards = meta["shards"] if meta else train_shards(num_shards)
-train_stream, val_stream = text_streams(shards, tokenizer)
+train_stream, val_stream = text_streams(shards, tokenizer, meta.get("tokens", ()) if meta else ())
 token_bytes = torch.from_numpy(tokenizer.token_bytes()).long().to(machine.device)
 few_rows, many_rows = budget.eval_rows(max_seq_len, tokens_per_step, total_steps, eval_every, eval_tokens,
                                        final_eval_tokens)
@@ -130,7 +130,7 @@ for step in range(start_step, total_steps + 1):
     if step > start_step and due(step, save_every, last):
         save_checkpoint(checkpoint_dir, step, model, optimizers, dict(
             stage="base", num_iterations=total_steps, val_bpb=val_bpb, progress=progress.state(),
-            shards=shards, config=config,
+            shards=shards, tokens=train_stream.counts(), config=config,
             tokenizer=tokenizer.fingerprint, params=params, flops_per_token=flops, rows=rows,
             device_batch_size=B, machine=machine.describe(), peak_memory=machine.peak_memory()))
     if due(step, sample_every, last):

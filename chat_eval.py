@@ -60,7 +60,7 @@ if set(wanted) - set(tests):
 
 # results of the same weights stay; what is tested now takes the place of its own
 fresh = dict(stage=source, step=meta["step"], checkpoint=sha_of(meta), tasks={}, seconds=0.0)
-results = read_results(path, checkpoint=sha_of(meta)) or fresh
+results = fresh | read_results(path, checkpoint=sha_of(meta))
 settings = dict(max_problems=max_problems, max_tokens=max_tokens, dtype=machine.dtype_name)
 
 for name in wanted:

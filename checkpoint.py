@@ -3,8 +3,9 @@ Checkpoints: written so that a crash at any moment leaves the one before intact.
 
 A step is three kinds of files in the stage's folder: model_NNNNNN.pt, optim_NNNNNN_rankR.pt and, last of all,
 meta_NNNNNN.json with the sizes and sha256 of the others. No meta, no checkpoint. Tensors are loaded as data, not code.
+A damaged one is passed over for the one before it; the trainer also renames its files to *.damaged.
 """
-import json
+import contextlib
 import math
 import os
 import re
@@ -16,7 +17,8 @@ import torch
 
 from model import GPT, GPTConfig
 from plumbing.budget import KEEP
-from plumbing.common import RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, fingerprint, print0
+from plumbing.common import (RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, fingerprint, print0,
+                             read_json, sync, write_json)
 from plumbing.machine import barrier
 from tokenizer import load_tokenizer
 
@@ -26,6 +28,9 @@ SCRIPTS = dict(base="base_train.py", mid="mid_train.py", sft="chat_sft.py")
 CODE = dict(base=("model.py", "muon.py", "data.py", SCRIPTS["base"]),
             mid=("model.py", "muon.py", *TASK_CODE, SCRIPTS["mid"]),
             sft=("model.py", "muon.py", *TASK_CODE, SCRIPTS["sft"]))
+
+# what the meta of a checkpoint has to have, of whatever version
+NEEDED = {"step", "num_iterations", "config", "model_config", "tokenizer", "world_size", "files"}
 
 # knobs that may differ when a run is continued: they change how it runs or what it prints
 FREE_KNOBS = {"run", "resume", "model_tag", "source_tag", "device", "dtype", "device_batch_size", "compile_model",
@@ -38,7 +43,15 @@ def save_checkpoint(folder, step, model, optimizers, meta):
     Write one step; every rank calls it, each saves its own share of the optimizer's state.
 
     meta: JSON data with "stage"; step, tag, code, model_config and files are added. Older steps are removed after.
+    raises SystemExit, before anything is written, where the weights or the validation result are no numbers
     """
+    bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    bad += [key for key in ("val_bpb", "val_loss") if not math.isfinite(meta.get(key) or 0.0)]
+    if bad:
+        steps = steps_in(folder)
+        before = f"step {steps[-1]} stays the newest; go on from it with another dtype, or" if steps else "none was saved before;"
+        raise SystemExit(f"{folder}: step {step} is not saved, {bad[0]} is not finite: the training has diverged; {before} "
+                         "train anew with lower rates")
     os.makedirs(folder, exist_ok=True)
     if RANK == 0:
         remove_leftovers(folder)
@@ -51,9 +64,10 @@ def save_checkpoint(folder, step, model, optimizers, meta):
         paths = [path_of(folder, "model", step), *(path_of(folder, "optim", step, r) for r in range(WORLD_SIZE))]
         files = {os.path.basename(path): fingerprint(path) for path in paths}
         code = {name: code_hash(name) for name in CODE[meta["stage"]]}
-        with atomic_write(path_of(folder, "meta", step), "w") as f:
-            json.dump(dict(step=step, **meta, tag=os.path.basename(folder), code=code, model_config=vars(model.config),
-                           world_size=WORLD_SIZE, files=files), f, indent=1)
+        sync(os.path.join(folder, "log.jsonl"))                  # no step behind the checkpoint
+        write_json(path_of(folder, "meta", step), dict(
+            step=step, **meta, tag=os.path.basename(folder), code=code, model_config=vars(model.config),
+            world_size=WORLD_SIZE, files=files))
         for old in steps_in(folder)[:-KEEP]:
             os.remove(path_of(folder, "meta", old))              # first, so that what is left is never taken for whole
         remove_leftovers(folder)
@@ -91,30 +105,75 @@ def remove_leftovers(folder):
 
 
 def read_meta(folder, step=0):
-    """The meta of a step, 0 = the newest; None where the folder holds no checkpoint."""
-    steps = steps_in(folder)
-    if not steps:
-        return None
+    """The meta of a step, 0 = the newest that can be read; {} where there is none. The other files are not looked at."""
+    for number in [step] if step else reversed(steps_in(folder)):
+        meta = read_json(path_of(folder, "meta", number), [])
+        if meta.get("step") == number and NEEDED <= meta.keys() and \
+                all(math.isfinite(meta.get(key) or 0.0) for key in ("val_bpb", "val_loss")):
+            return meta
+    return {}
+
+
+def whole_checkpoint(folder, step=0, to_train=False):
+    """
+    The meta of the newest checkpoint that is what was saved, {} where the folder holds none.
+
+    A damaged one is passed over, with a line on stderr, and the one before is taken.
+    step      that one or none; 0 = the newest
+    to_train  the optimizer's state must be whole too, and the files of a damaged one are renamed
+    raises    SystemExit where none is whole, or the step asked for isn't
+    """
+    steps, bad = steps_in(folder), []
     if step and step not in steps:
         raise SystemExit(f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-    with open(path_of(folder, "meta", step or steps[-1]), encoding="utf-8") as f:
-        return json.load(f)
+    for number in [step] if step else reversed(steps):
+        meta = read_meta(folder, number)
+        wrong = first_damaged(folder, meta, number, to_train)
+        if not wrong:
+            break
+        bad.append(wrong)
+        if to_train and RANK == 0:
+            rename_damaged(folder, number)
+    else:                                                        # no break: there are none, or none is whole
+        if bad:
+            raise SystemExit(f"{', '.join(bad)}: missing or damaged, not what was saved; " + (
+                "take another step" if step else "there is no checkpoint before, and the same command trains from the "
+                "beginning" if to_train else "there is no other checkpoint, and what trained it has to do so again"))
+        return {}
+    if bad and RANK == 0:
+        print(f"({', '.join(bad)}: missing or damaged, not what was saved; taken instead: step {meta['step']})",
+              file=sys.stderr, flush=True)
+    return meta
+
+
+def first_damaged(folder, meta, step, to_train):
+    """The path of the first file of a checkpoint that is not what was saved, "" if all are; meta = {}: the meta itself."""
+    if not meta:
+        return path_of(folder, "meta", step)
+    ranks = range(meta["world_size"]) if to_train and not is_finished(meta) else []
+    for path in [path_of(folder, "model", step), *(path_of(folder, "optim", step, rank) for rank in ranks)]:
+        with contextlib.suppress(OSError):
+            if fingerprint(path) == meta["files"].get(os.path.basename(path)):
+                continue
+        return path
+    return ""
+
+
+def rename_damaged(folder, step):
+    """Set the files of a step aside, its meta first: without it they are no checkpoint."""
+    for name in sorted(os.listdir(folder)):
+        if re.fullmatch(rf"(meta|model|optim)_{step:06d}(_rank\d+)?\.(json|pt)", name):
+            os.replace(os.path.join(folder, name), os.path.join(folder, f"{name}.damaged"))
 
 
 def is_finished(meta):
     """The one rule for a finished stage: its newest checkpoint is of its last step."""
-    return meta is not None and meta["step"] == meta["num_iterations"]
+    return bool(meta) and meta["step"] == meta["num_iterations"]
 
 
 def read_tensors(folder, meta, kind, rank=0):
-    """The content of one of a checkpoint's files on the CPU, after its size and sha256 are found right."""
-    path = path_of(folder, kind, meta["step"], rank)
-    remedy = f"remove {path_of(folder, 'meta', meta['step'])} to go back to the checkpoint before"
-    if not os.path.exists(path):
-        raise SystemExit(f"{path}: missing; {remedy}")
-    if fingerprint(path) != meta["files"][os.path.basename(path)]:
-        raise SystemExit(f"{path}: damaged, it is not what was saved; {remedy}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """The content of one of a checkpoint's files on the CPU; that it is what was saved whole_checkpoint has made sure."""
+    return torch.load(path_of(folder, kind, meta["step"], rank), map_location="cpu", weights_only=True)
 
 
 def checkpoint_to_resume(stage, folder, config, resume, source=None):
@@ -126,15 +185,16 @@ def checkpoint_to_resume(stage, folder, config, resume, source=None):
     raises  SystemExit 0 where the stage is finished, with a line where going on would be wrong
     """
     code = {name: code_hash(name) for name in CODE[stage]}       # now: what is edited later is not what trains
-    meta = read_meta(folder)
-    if meta is None:
+    steps = steps_in(folder)
+    if not steps:
         return None
+    meta = whole_checkpoint(folder, to_train=True) if resume else read_meta(folder)
     anew = f"to train it again, first: {set_aside(folder, meta)}"
     came_from = [source["tag"] for source in sources(meta) if "tag" in source]
     drivers = f"BASE_TAG={came_from[-1]} MODEL_TAG=NEW" if came_from else "MODEL_TAG=NEW"
     beside = f"train another one beside it with --model_tag=NEW (for the drivers: {drivers}); {anew}"
     if not resume:
-        raise SystemExit(f"{folder}: holds a checkpoint of step {meta['step']}; --resume=1 continues it; {beside}")
+        raise SystemExit(f"{folder}: holds a checkpoint of step {steps[-1]}; --resume=1 continues it; {beside}")
     if source and meta["source"]["sha256"] != source["sha256"]:
         raise SystemExit(f"{folder}: was trained from another {source['stage']} checkpoint than the one in "
                          f"{stage_folder(source['stage'], source['tag'])} now; {anew}")
@@ -232,7 +292,7 @@ def find_checkpoint(stage, model_tag="", step=0, flag="--model_tag"):
             raise SystemExit(f"{os.path.dirname(folder)}: holds several models; choose one with {flag}= from "
                              f"{', '.join(tags)}")
         folder = stage_folder(stage, (own or tags)[0])
-    return folder, read_meta(folder, step)
+    return folder, whole_checkpoint(folder, step)
 
 
 def find_parent(stage, source_tag, model_tag):
@@ -265,7 +325,7 @@ def load_model(folder, meta, machine, gradient_checkpointing=False):
     for source in sources(meta):
         parent = stage_folder(source["stage"], source.get("tag") or meta.get("tag", ""))
         # a stage of which nothing is kept, as where only a finished model was copied to, is not missed
-        if os.path.isdir(os.path.dirname(parent)) and sha_of(read_meta(parent) or {}) != source["sha256"]:
+        if os.path.isdir(os.path.dirname(parent)) and sha_of(read_meta(parent)) != source["sha256"]:
             there = "another one is" if steps_in(parent) else "none is"
             reasons.append(f"it came from a {source['stage']} model of step {source['step']} in {parent}, where "
                            f"{there} now; the same command as before trains it again")

@@ -2,7 +2,8 @@
 Text and conversations in, batches of tokens out: what is read is tokenized once, and any batch is found by its row.
 
 reads   base_data/*.parquet, which prepare.py fetches; conversations from tasks/
-writes  beside each shard shard_NNNNN.<tokenizer's fingerprint>.bin; the same for conversations in the stage's folder
+writes  beside each shard shard_NNNNN.<tokenizer's fingerprint>.bin, its size and sha256 in a .bin.json; the same for
+        conversations in the stage's folder
 gives   TokenStream: batch_at(row, ...) -> x, y
 """
 import bisect
@@ -18,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from plumbing.background import start_background
-from plumbing.common import RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash
+from plumbing.common import (RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, fingerprint, read_json,
+                             write_json)
 from plumbing.download import problem_with_parquet
 
 VAL_SHARD = 1822       # the last one of the set, never trained on
@@ -121,15 +123,46 @@ def is_fresh(path):
     return False
 
 
+def is_whole(path):
+    """Whether a token file and its mask are fresh and what was written; reads all of it, 2 GB in a second or two."""
+    sums = read_json(f"{path}.json", []) if is_fresh(path) else {}
+    with contextlib.suppress(OSError):
+        return bool(sums) and all(fingerprint(os.path.join(os.path.dirname(path), name)) == sums[name] for name in sums)
+    return False
+
+
+def write_sums(path, *parts):
+    """Write size and sha256 of a token file's parts, which are open still but complete: their names come after this."""
+    for f in parts:
+        f.flush()
+    write_json(f"{path}.json", {os.path.basename(f.name.rsplit(".", 2)[0]): fingerprint(f.name) for f in parts})
+
+
+def is_made(path, tokenizer):
+    """
+    is_whole; a file that isn't is named, for it is made again.
+
+    A shard's token file of an older version has no sums: it gets them as it is, if all its ids can be right.
+    """
+    if is_fresh(path) and not os.path.exists(f"{path}.json") and not os.path.exists(f"{path[:-len('.bin')]}.mask"):
+        size = os.path.getsize(path)
+        if size and size % 2 == 0 and np.memmap(path, np.uint16, "r").max() < tokenizer.vocab_size:
+            write_json(f"{path}.json", {os.path.basename(path): fingerprint(path)})
+    whole = is_whole(path)
+    if not whole and os.path.exists(path):
+        print(f"{os.path.basename(path)}: damaged or older than its text, so it is made again", flush=True)
+    return whole
+
+
 def tokenize_shard(path, tokenizer):
-    """Make the token file of a shard unless it is there: <|bos|>, then the text, per document."""
+    """Make the token file of a shard: <|bos|>, then the text, per document."""
     out = token_path(path, tokenizer)
-    if not is_fresh(out):
-        with atomic_write(out) as f:
-            for texts in read_batches(path):
-                ids, _ = tokenizer.core.batch_encode(texts, prepend=tokenizer.bos)
-                assert ids.dtype == np.uint16, f"{path}: a token does not fit uint16"
-                f.write(ids)                      # <|bos|> and the ids of text after text, in a row
+    with atomic_write(out) as f:
+        for texts in read_batches(path):
+            ids, _ = tokenizer.core.batch_encode(texts, prepend=tokenizer.bos)
+            assert ids.dtype == np.uint16, f"{path}: a token does not fit uint16"
+            f.write(ids)                          # <|bos|> and the ids of text after text, in a row
+        write_sums(out, f)
     return out
 
 
@@ -147,12 +180,13 @@ def write_token_file(path, documents):
             assert len(mask) == len(ids), f"{path}: {len(mask)} marks for {len(ids)} tokens"
             f.write(tokens.astype(np.uint16))
             g.write(np.array(mask, dtype=np.uint8))
+        write_sums(path, f, g)
 
 
 def make_token_files(shards, tokenizer):
     """Token files for the shards in order, waiting for those whose download is still running."""
     for path in shards:
-        if is_fresh(token_path(path, tokenizer)):
+        if is_made(token_path(path, tokenizer), tokenizer):
             continue
         wait_for_shard(path)
         start = time.time()
@@ -161,11 +195,15 @@ def make_token_files(shards, tokenizer):
         print(f"{os.path.basename(path)}: {num_tokens:,} tokens in {seconds:.1f} s", flush=True)
 
 
-def text_streams(shards, tokenizer):
-    """(training, validation) TokenStreams of shards by name; a process beside the trainer makes the token files."""
+def text_streams(shards, tokenizer, counts=()):
+    """
+    (training, validation) TokenStreams of shards by name; a process beside the trainer makes the token files.
+
+    counts: tokens of the first training shards when the run began, from its checkpoint
+    """
     train, val = [base_path("base_data", name) for name in shards], shard_path(VAL_SHARD)
     making = start_background(make_token_files, [val, *train], tokenizer)
-    return (TokenStream([token_path(path, tokenizer) for path in train], making),
+    return (TokenStream([token_path(path, tokenizer) for path in train], making, counts),
             TokenStream([token_path(val, tokenizer)], making))
 
 
@@ -224,7 +262,7 @@ def make_conversation_files(jobs, tokenizer):
         for k, path in enumerate(paths):
             first = k * FILE_CONVERSATIONS
             rows = range(first, min(first + FILE_CONVERSATIONS, len(conversations)))
-            if not is_fresh(path):
+            if not is_made(path, tokenizer):
                 write_token_file(path, (render(conversations, i, tokenizer) for i in rows))
 
 
@@ -258,12 +296,13 @@ class TokenStream:
 
     paths: token files in order; they need not exist yet
     still_coming: what start_background returned; left out where nobody makes files
+    counts: tokens that the first files must have, so that a run which goes on reads what it would have read
     """
 
-    def __init__(self, paths, still_coming=None):
+    def __init__(self, paths, still_coming=None, counts=()):
         if not paths:
             raise SystemExit("no training shards; run: python prepare.py -n 8")
-        self.paths, self.still_coming = list(paths), still_coming
+        self.paths, self.still_coming, self.known = list(paths), still_coming, list(counts)
         self.files = []        # (tokens, mask or None) of the files opened so far, memory-mapped
         self.ends = []         # ends[k]: tokens in files 0 .. k
 
@@ -274,13 +313,18 @@ class TokenStream:
             self.open_next()
         return self.ends[-1]
 
+    def counts(self):
+        """Tokens of the first files, as many as are known."""
+        opened = [len(tokens) for tokens, _ in self.files]
+        return opened + self.known[len(opened):]
+
     def open_next(self):
-        """Wait for the next file, saying so once, and map it."""
+        """Wait for the next file to be there and whole, saying so once, and map it."""
         path, said = self.paths[len(self.files)], False
-        while not is_fresh(path):
+        while not is_whole(path):                 # read through once per start, at the speed of the disk
             coming = self.still_coming is not None and self.still_coming()
-            if not coming and not is_fresh(path):
-                raise SystemExit(f"{path}: not here, and nothing makes it; run the stage again")
+            if not coming and not is_whole(path):
+                raise SystemExit(f"{path}: not here or damaged, and nothing makes it; run the stage again")
             if not said:
                 print(f"waiting for {os.path.basename(path)}", flush=True)
                 said = True
@@ -293,6 +337,9 @@ class TokenStream:
                 files.append(np.memmap(name, dtype=dtype, mode="r") if os.path.getsize(name) else np.empty(0, dtype))
         tokens, mask = files
         assert mask is None or len(mask) == len(tokens), f"{path}: its mask has another length"
+        if (expected := self.counts()[len(self.files):][:1]) not in ([], [len(tokens)]):
+            raise SystemExit(f"{path}: {len(tokens):,} tokens, {expected[0]:,} when this run began, so its shard is "
+                             "another one now; put the old one back, or train anew with --model_tag=NEW")
         self.files.append((tokens, mask))
         self.ends.append((self.ends[-1] if self.ends else 0) + len(tokens))
 

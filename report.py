@@ -23,8 +23,7 @@ from engine import printable
 from evals.curves import at_end, draw, series
 from evals.metrics import GUESSING, centered
 from evals.results import TITLES, find_tag, read_run
-from evals.saved import read_json
-from plumbing.common import atomic_write, base_path, duration, standard_error
+from plumbing.common import atomic_write, base_path, duration, read_json, standard_error
 from plumbing.configurator import configure
 
 model_tag = ""                 # which model; "" = the only one there is

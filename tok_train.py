@@ -7,11 +7,10 @@ run     python tok_train.py --num_shards=8
         python tok_train.py --vocab_size=4096 --num_shards=1
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
-import json
 import os
 import time
 
-from plumbing.common import base_path, duration
+from plumbing.common import base_path, duration, read_json
 from plumbing.configurator import configure
 
 vocab_size = 65536             # tokens, the 9 specials included; at most 65,536
@@ -24,12 +23,11 @@ config = configure(globals())
 folder = base_path("tokenizer")
 meta_path = os.path.join(folder, "meta.json")
 KEPT = ("vocab_size", "max_chars", "doc_cap")      # a tokenizer with other values is another one
-if os.path.exists(meta_path):
-    try:
-        with open(meta_path, encoding="utf-8") as f:
-            meta = json.load(f)
-    except ValueError:
-        raise SystemExit(f"{meta_path}: damaged; remove {folder} and run this again") from None
+if os.path.exists(meta_path) and not (meta := read_json(meta_path, [])):
+    aside = f"{folder}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+    os.rename(folder, aside)
+    print(f"{meta_path}: damaged, so the tokenizer is trained again; the old one is now {aside}")
+elif os.path.exists(meta_path):
     if other := [name for name in KEPT if meta.get(name) != config[name]]:
         said = ", ".join(f"{name}={meta.get(name)} (asked for: {config[name]})" for name in other)
         raise SystemExit(f"{folder}: the tokenizer here has {said}; set NANOCHAT_BASE_DIR to another folder, or remove "

@@ -9,13 +9,12 @@ learns the merges and applies them. Plain data files, no pickle: a tokenizer fro
 """
 import base64
 import hashlib
-import json
 import os
 import re
 
 import numpy as np
 
-from plumbing.common import atomic_write, base_path
+from plumbing.common import atomic_write, base_path, read_json, write_json
 
 # They stand at the end of the vocabulary in this order. Text can never contain them: "<|bos|>" typed by a user is
 # encoded as seven ordinary characters.
@@ -150,8 +149,7 @@ class Tokenizer:
             np.save(f, self.token_bytes(), allow_pickle=False)
         meta = dict(info, vocab_size=self.vocab_size, fingerprint=self.fingerprint,
                     pattern=self.pattern, special_tokens=SPECIAL_TOKENS)
-        with atomic_write(meta_path, "w") as f:
-            json.dump(meta, f, indent=1)
+        write_json(meta_path, meta)
 
 
 def load_tokenizer(folder=""):
@@ -160,17 +158,17 @@ def load_tokenizer(folder=""):
     meta_path = os.path.join(folder, "meta.json")
     if not os.path.exists(meta_path):
         raise SystemExit(f"{folder}: no tokenizer here; run: python tok_train.py")
+    meta = read_json(meta_path, damages := [])
     try:
-        with open(meta_path, encoding="utf-8") as f:
-            meta = json.load(f)
+        assert not damages, "meta.json is damaged"
         with open(os.path.join(folder, "vocab.tiktoken"), "rb") as f:
             lines = [line.split() for line in f]
         assert [int(rank) for _, rank in lines] == list(range(len(lines))), "ranks are not 0, 1, 2, ..."
         tokenizer = Tokenizer([base64.b64decode(token, validate=True) for token, _ in lines], meta["pattern"])
         assert tokenizer.fingerprint == meta["fingerprint"], "its files do not belong together"
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise SystemExit(f"{folder}: the tokenizer is broken ({error!r}); "
-                         "remove the folder and run: python tok_train.py") from None
+                         "move the folder away and run: python tok_train.py") from None
     return tokenizer
 
 

@@ -18,7 +18,6 @@ from engine import Engine
 from model import GPT, GPTConfig, compiled
 from muon import build_optimizers
 from plumbing import budget, fit
-from plumbing.common import base_path
 from plumbing.configurator import configure
 from plumbing.machine import cores, start
 
@@ -91,7 +90,7 @@ def measure_fit():
         return speed
 
     fit.attempt = watched
-    fit.read_known = lambda path: {}                             # the search is what is measured, not what it left
+    fit.read_json = lambda path: {}                              # the search is what is measured, not what it left
     clock = time.perf_counter()
     B, _ = fit.fit_micro_batch(machine, model, optimizers, rows, 0, None)
     seconds = time.perf_counter() - clock

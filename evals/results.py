@@ -7,8 +7,7 @@ import os
 
 from checkpoint import FOLDERS, path_of, sha_of, sources, stage_folder, steps_in, tags_of
 from evals.curves import series
-from evals.saved import read_json
-from plumbing.common import base_path, read_log
+from plumbing.common import base_path, read_json, read_log
 
 TITLES = dict(base="Pretraining", mid="Mid-training", sft="Fine-tuning")
 
@@ -49,7 +48,7 @@ def read_stage(stage, tag, remarks):
              last ones or None; answers, {test: (right, total)}, from chat, else from the last test while training
     """
     folder = base_path(FOLDERS[stage], tag)
-    meta, log = newest_meta(folder, remarks), [row for row in read_log(folder) if "step" in row]
+    meta, log = newest_meta(folder, remarks), read_log(folder, remarks)
     if not meta and not log:
         return None
     run = dict(stage=stage, meta=meta, log=log)
@@ -66,7 +65,8 @@ def read_stage(stage, tag, remarks):
     # the log may be ahead of the newest checkpoint
     run["seconds"] = max([meta.get("progress", {}).get("seconds", 0.0), *series(log, "seconds")[1][-1:]])
     tests = [(row["test"], row) for row in log if "test" in row] + [*run["chat"].get("tasks", {}).items()]
-    run["answers"] = {name: (test["right"], test["total"]) for name, test in tests if test.get("total")}
+    run["answers"] = {name: (test["right"], test["total"]) for name, test in tests
+                      if "right" in test and test.get("total")}
     return run
 
 

@@ -5,7 +5,10 @@ No torch here, so that the scripts which only move text start at once.
 """
 import ast
 import contextlib
+import errno
+import fcntl
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -69,23 +72,74 @@ def atomic_write(path, mode="wb"):
     A file that appears under its name only when it is complete.
 
     Written to a temporary name beside it, flushed to the disk, then renamed, which the file system does in one move.
-    On any error the temporary file goes and an older file stays; a full disk is a SystemExit.
+    On any error the temporary file goes and an older file stays; a full disk is a SystemExit, as is any other error of
+    the disk. What a writer of this path has left that was killed goes too: who still writes holds a lock.
     """
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        for left in glob.glob(f"{glob.escape(path)}.*.tmp"):
+            with contextlib.suppress(OSError), open(left, "rb") as f:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.remove(left)
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as f:
+            with contextlib.suppress(OSError):                   # a file system without locks
+                fcntl.flock(f, fcntl.LOCK_EX)
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        sync(os.path.dirname(path) or ".")
     except OSError as error:
-        if error.errno == 28:                                    # ENOSPC
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SystemExit(f"{path}: the disk is full; free some space and run again") from None
-        raise
+        raise SystemExit(f"{path}: can't be written ({error}); run again where it can be") from None
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def sync(path):
+    """Wait until a file, or a folder's list of names, is on the disk; where a file system can't say, don't."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_json(path, content):
+    """A dict as a small JSON file, which carries a checksum of its own content."""
+    with atomic_write(path, "w") as f:
+        json.dump({**content, "checksum": checksum(content)}, f, indent=1)
+
+
+def checksum(content):
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def read_json(path, remarks=None):
+    """
+    The dict in a small JSON file; {} where there is none, and where it is damaged, which one line says.
+
+    Those of older versions carry no checksum and count as they are.
+    remarks  a list that takes the line, for the report; None prints it, for what is made again at once
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+        if isinstance(content, dict) and content.pop("checksum", None) in (None, checksum(content)):
+            return content
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        pass
+    if remarks is None:
+        print0(f"{path}: damaged, so it is made again")
+    else:
+        remarks.append(f"`{os.path.relpath(path, base_path())}` is damaged and was left out.")
+    return {}
 
 
 def fingerprint(path):
@@ -124,14 +178,14 @@ class Log:
     """
 
     def __init__(self, folder, start_step, run="", config=None):
-        self.folder, self.file, self.wandb = folder, None, None
+        self.folder, self.file, self.wandb, self.unwritten, self.is_full = folder, None, None, b"", False
         if RANK != 0:
             return
         path = os.path.join(folder, "log.jsonl")
         kept = [row for row in read_log(folder) if row["step"] < start_step]
         with atomic_write(path, "w") as f:
             f.writelines(json.dumps(row) + "\n" for row in kept)
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = open(path, "ab", buffering=0)
         if not run:
             return
         try:
@@ -143,23 +197,41 @@ class Log:
             self.wandb = wandb.init(project="nanochat", name=run, config=config, mode=mode)
 
     def write(self, step, **row):
-        """Append one row; a number that is not finite is written as null."""
+        """Append one row; a number that is not finite is written as null. On a full disk rows wait for the next one."""
         if self.file is None:
             return
         row = {"step": step} | {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        self.unwritten += (json.dumps(row) + "\n").encode()
+        try:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten):]    # a disk that fills up takes a part
+        except OSError as error:
+            if not self.is_full:
+                print0(f"{self.file.name}: can't be written ({error.strerror}); the training goes on, and what it logs is "
+                       "kept until there is room")
+            self.is_full = True
         if self.wandb:
             self.wandb.log(row)
 
 
-def read_log(folder):
-    """The rows of a stage's log.jsonl, [] where there is none; a last line that a crash cut short is left out."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
+def read_log(folder, remarks=None):
+    """
+    The rows of a stage's log.jsonl, [] where there is none; damaged ones are left out, and one line says how many.
+
+    remarks  a list that takes the line; None prints it. Of a last row that a crash cut short nothing is said.
+    """
+    rows, damaged, path = [], 0, os.path.join(folder, "log.jsonl")
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
         for line in f:
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
+            row = None
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+            else:
+                damaged += line.endswith(b"\n")
+    if damaged:
+        line = f"{os.path.relpath(path, base_path())}: {damaged} damaged row{'s' if damaged > 1 else ''} left out"
+        print0(line) if remarks is None else remarks.append(f"{line}.")
     return rows
 
 

@@ -5,14 +5,12 @@ A formula (budget.row_bytes) knows what is kept for the way back, but not what t
 allocator and other programs take: its figure is where trying begins. What was found is kept in
 fit.json for this GPU, model and torch, so that the next start tries it once and goes on.
 """
-import json
-import os
 import time
 
 import torch
 
 from plumbing.budget import MICRO_TOKENS, even_batch, largest_depth, micro_batch
-from plumbing.common import RANK, WORLD_SIZE, atomic_write, base_path, print0
+from plumbing.common import RANK, WORLD_SIZE, base_path, print0, read_json, write_json
 from plumbing.machine import over_ranks, smallest_over_ranks, sum_over_ranks
 
 FASTER = 1.02          # a larger micro-batch has to gain 2 %, or it only costs memory
@@ -41,7 +39,7 @@ def fit_micro_batch(machine, model, optimizers, rows, asked, meta):
         return guess(), over_ranks(model)
     path, key = base_path("fit.json"), f"{machine.name}, {machine.free_bytes / 1e9:.0f} GB free, {machine.dtype_name}, " \
         f"torch {torch.__version__}, {config}, {share} rows, checkpointing {model.gradient_checkpointing}"
-    known = read_known(path)
+    known = read_json(path)
     settled = asked or known.get(key, 0)                         # tried all the same: it may not fit any more
 
     def tried(B):
@@ -69,20 +67,9 @@ def fit_micro_batch(machine, model, optimizers, rows, asked, meta):
         print0(f"{settled} rows at a time do not fit here, {B} do: the same training but for rounding")
     print0(f"micro-batch: {B} rows, {speed:,.0f} tokens/s, {machine.peak_memory() / 1e9:.1f} GB")
     if RANK == 0 and not asked:
-        with atomic_write(path, "w") as f:
-            json.dump({**known, key: B}, f, indent=1)
+        write_json(path, {**known, key: B})
     torch.cuda.reset_peak_memory_stats()
     return B, over_ranks(model)
-
-
-def read_known(path):
-    """What earlier starts found, {} where there is nothing to read."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            known = json.load(f)
-        return known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
-        return {}
 
 
 def largest_that_runs(share, first, most, attempt):

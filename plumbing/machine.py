@@ -4,7 +4,6 @@ The machine a stage runs on: device, number format, threads, ranks. Decided once
 No other file asks for a device by name, so a stage reads the same on a GPU and on a laptop.
 """
 import itertools
-import json
 import os
 import platform
 import statistics
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from plumbing.budget import CPU_BYTES, flops_per_token, peak_flops, usable_bytes
-from plumbing.common import LOCAL_RANK, RANK, WORLD_SIZE, atomic_write, print0
+from plumbing.common import LOCAL_RANK, RANK, WORLD_SIZE, print0, read_json, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PATIENCE = timedelta(minutes=30)  # a rank waits so long for the others, one of which may be downloading
@@ -117,22 +116,20 @@ def choose_numerics(machine, dtype, saved, folder, make_model, rows):
     """
     if not dtype and not saved and machine.device.type == "cpu":
         path = os.path.join(folder, "numerics.json")
-        if RANK == 0 and not os.path.exists(path):
+        if RANK == 0 and not read_json(path):
             print0("timing a training step, to choose the number format and the threads ...")
             timed = time_numerics(make_model(), rows)
             print0(f"ms for {timed['tokens']:,} tokens: {timed['milliseconds']}")
-            with atomic_write(path, "w") as f:
-                json.dump(timed, f)
+            write_json(path, timed)
         barrier()
-        with open(path, encoding="utf-8") as f:
-            saved = json.load(f)
+        saved = read_json(path)
     use_numerics(machine, dtype, saved)
     return saved.get("seconds_per_token", 0.0) if saved else 0.0
 
 
 def use_numerics(machine, dtype, saved):
     """Compute as in training (saved, from a meta), unless dtype is asked for; with as many threads on as many cores."""
-    if not saved or saved["device"] != machine.device.type:
+    if not saved or saved.get("device") != machine.device.type:
         return
     emulated = machine.device.type == "cuda" and saved["dtype"] == "bfloat16" and machine.dtype_name == "float32"
     if not dtype and not emulated:                               # a GPU before the A100 would be slow in bfloat16

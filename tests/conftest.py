@@ -35,6 +35,20 @@ def run_script(name, *flags):
         sys.argv = argv
 
 
+# what may happen to a file: name -> its content after it; None = it is gone
+DAMAGES = dict(half=lambda b: b[:len(b) // 2], empty=lambda b: b"", zeros=lambda b: bytes(len(b)), gone=None, object=lambda b: b"{}",
+               flip=lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:], list=lambda b: b"[1, 2]",
+               byte=lambda b: b[:len(b) // 2] + b"\xff" + b[len(b) // 2:])
+
+
+def damage(path, change):
+    """Put change(content) into a file; change = None removes it."""
+    content = path.read_bytes()
+    os.remove(path)
+    if change:
+        path.write_bytes(change(content))
+
+
 def reference_answer(conversation):
     """The last message as the text that a perfect model would give, calculator included."""
     content = conversation["messages"][-1]["content"]

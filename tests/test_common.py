@@ -1,4 +1,5 @@
 """Schedules, averages, atomic files and the log."""
+import fcntl
 import json
 import math
 import os
@@ -9,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from plumbing.common import Ema, Log, Progress, atomic_write, code_hash, due, duration, read_log
+from plumbing.common import (Ema, Log, Progress, atomic_write, code_hash, due, duration, read_json, read_log, sync,
+                             write_json)
 
 
 def test_due_counts_from_step_one_and_zero_means_at_the_end():
@@ -49,6 +51,78 @@ def test_a_resumed_log_has_every_step_once(tmp_path):
     log.write(3, loss=float("nan"))
     rows = read_log(str(tmp_path))
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[-1]["loss"] is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe\x00", b"[" * 100_000, b'{"a": 1, "checksum": "0"}', None])
+def test_a_damaged_small_file_is_one_line_and_empty(tmp_path, capsys, damage):
+    path = tmp_path / "x.json"
+    path.write_bytes(damage) if damage is not None else path.mkdir()
+    assert read_json(str(path)) == {}
+    assert capsys.readouterr().out == f"{path}: damaged, so it is made again\n"
+    assert read_json(str(path), remarks := []) == {} and len(remarks) == 1 and not capsys.readouterr().out
+    assert read_json(str(tmp_path / "none.json")) == {} and not capsys.readouterr().out
+
+
+def test_a_small_file_knows_each_bit_of_its_content(tmp_path):
+    path, content = tmp_path / "x.json", dict(step=20, val_bpb=1.25, name="tä", nothing=None, list=[1, 2.5], bad=float("inf"))
+    write_json(str(path), content)
+    good = path.read_bytes()
+    assert read_json(str(path)) == content
+    for place in range(len(good)):
+        bad = bytearray(good)
+        bad[place] ^= 1 << place % 8
+        path.write_bytes(bad)
+        found = read_json(str(path), [])             # a bit of white space or of the word checksum changes no number
+        assert found in ({}, content) or {key: found.get(key) for key in content} == content
+    path.write_text(json.dumps(content))             # of a version without checksums
+    assert read_json(str(path)) == content
+
+
+def test_a_log_with_damaged_rows_is_read_without_them(tmp_path, capsys):
+    rows = [b'{"step": 0, "loss": 1.0}', b'{"step": 1, "test": "A\xffB"}', b"[]", b"3", b"null", b'{"loss": 1}', b"\0" * 50,
+            b'{"step": "2"}', b"[" * 100_000, b'{"step": 3, "loss": 2.0}', b'{"step": 4, "lo']
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join(rows))
+    assert [row["step"] for row in read_log(str(tmp_path))] == [0, 3]
+    assert "log.jsonl: 8 damaged rows left out\n" in capsys.readouterr().out
+    log = Log(str(tmp_path), 4)
+    log.write(4, loss=3.0)
+    rows = read_log(str(tmp_path), remarks := [])
+    assert [row["step"] for row in rows] == [0, 3, 4] and not remarks
+
+
+def test_a_full_disk_costs_no_row_of_the_log(tmp_path, capsys):
+    log = Log(str(tmp_path), 0)
+    log.write(0, loss=0.0)
+    file = log.file
+    with open("/dev/full", "ab", buffering=0) as log.file:
+        log.write(1, loss=1.0)
+        log.write(2, loss=2.0)
+    assert capsys.readouterr().out.count("can't be written (No space left on device)") == 1
+    log.file = file
+    log.write(3, loss=3.0)
+    assert [row["step"] for row in read_log(str(tmp_path))] == [0, 1, 2, 3]
+
+
+def test_what_a_killed_writer_left_goes_and_what_another_writes_stays(tmp_path):
+    for pid in (1, 2):
+        (tmp_path / f"x.{pid}.tmp").write_text("half")
+    with open(tmp_path / "x.2.tmp") as f, atomic_write(str(tmp_path / "x")):
+        fcntl.flock(f, fcntl.LOCK_EX)                    # too late: it counts when the next one begins
+        assert len(os.listdir(tmp_path)) == 1            # our own
+    (tmp_path / "x.2.tmp").write_text("half")
+    with open(tmp_path / "x.2.tmp") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with atomic_write(str(tmp_path / "x")):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["x", "x.2.tmp"]
+    sync(str(tmp_path / "not there"))
+
+
+def test_no_error_of_the_disk_is_a_traceback(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="file/x: can't be written"):
+        with atomic_write(str(tmp_path / "file/x")):
+            pass
 
 
 RATES = dict(matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004)

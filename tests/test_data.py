@@ -676,6 +676,72 @@ def test_a_cache_older_than_its_shard_is_made_anew(folder):
     assert np.fromfile(out, np.uint16).tolist() == [BYTES.bos, ord("b")]
 
 
+def flip(content):
+    return content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+
+
+FOREIGN = np.array([BYTES.vocab_size], np.uint16).tobytes()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 4 * 2], lambda b: b"", flip, lambda b: b + b"x", lambda b: FOREIGN + b[2:]])
+def test_a_damaged_token_file_is_made_again(folder, capsys, damage):
+    shard = put_shard(0, ["some text", "and more"])
+    path = data.tokenize_shard(shard, BYTES)
+    good = content(path)
+    with open(path, "wb") as f:
+        f.write(damage(good))
+    with pytest.raises(SystemExit, match="damaged, and nothing makes it"):
+        TokenStream([path]).batch_at(0, 1, 4)
+    data.make_token_files([shard], BYTES)
+    assert content(path) == good and TokenStream([path]).num_tokens == len(good) // 2
+    assert capsys.readouterr().out.count("so it is made again") == 1
+    if damage is flip:
+        return
+    with open(path, "wb") as f:                          # and where no sums are, as in older versions
+        f.write(damage(good) if damage(good) != good[:len(good) // 4 * 2] else b"")
+    os.remove(f"{path}.json")
+    data.make_token_files([shard], BYTES)
+    assert content(path) == good and os.path.exists(f"{path}.json")
+
+
+def test_a_token_file_of_an_older_version_is_kept(folder):
+    shard = put_shard(0, ["some text"])
+    path = data.tokenize_shard(shard, BYTES)
+    os.remove(f"{path}.json")
+    before = os.stat(path)
+    data.make_token_files([shard], BYTES)
+    assert os.stat(path).st_ino == before.st_ino and data.is_whole(path)
+    for damage in (b"", b"{}", b"[]"):                   # of the sums themselves
+        with open(f"{path}.json", "wb") as f:
+            f.write(damage)
+        data.make_token_files([shard], BYTES)
+        assert data.is_whole(path)
+
+
+@pytest.mark.parametrize("name", ["x.00000.bin", "x.00000.mask"])
+def test_a_damaged_file_of_conversations_is_made_again(folder, name):
+    path, jobs = str(folder / "x.00000.bin"), []
+    rows = [{"messages": [dict(role="user", content="hi"), dict(role="assistant", content="hello")]}] * 3
+    jobs.append(([path], rows))
+    data.make_conversation_files(jobs, BYTES)
+    good = content(folder / name)
+    for damage in (good[:-2], b"", flip(good), None):
+        if damage is None:
+            os.remove(folder / name)
+        else:
+            (folder / name).write_bytes(damage)
+        data.make_conversation_files(jobs, BYTES)
+        assert content(folder / name) == good and data.is_whole(path)
+
+
+def test_a_shard_that_became_another_one_is_said(folder):
+    path = data.tokenize_shard(put_shard(0, ["some text"]), BYTES)
+    stream = TokenStream([path], counts=[10, 99])
+    assert stream.batch_at(0, 1, 4) and stream.counts() == [10, 99]
+    with pytest.raises(SystemExit, match="10 tokens, 11 when this run began"):
+        TokenStream([path], counts=[11]).batch_at(0, 1, 4)
+
+
 def test_a_token_outside_uint16_and_a_short_mask_leave_no_file(folder):
     path = str(folder / "x.bin")
     for documents in ([([70_000], [1])], [([-1], [1])], [([1, 2], [1])], [([1], [1]), ([2], [])]):
@@ -693,6 +759,7 @@ def token_files(folder, *lengths):
     for k, length in enumerate(lengths):
         paths.append(str(folder / f"t{k}.x.bin"))
         np.arange(start, start + length, dtype=np.uint16).tofile(paths[-1])
+        common.write_json(f"{paths[-1]}.json", {os.path.basename(paths[-1]): common.fingerprint(paths[-1])})
         start += length
     return paths
 

@@ -1,11 +1,10 @@
 """Evaluations of answers: what is asked, what counts, what does not fit."""
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from data import TokenStream
+from data import TokenStream, write_token_file
 from engine import Engine
 from evals.metrics import choose, constant_share, crop, evaluate_bpb, evaluate_loss, evaluate_task, ticket_of
 from model import GPT, GPTConfig
@@ -64,7 +63,8 @@ def test_a_question_longer_than_the_context_is_cropped_from_the_left():
 
 def test_a_model_that_knows_nothing_needs_the_log_of_the_vocabulary(tmp_path):
     path = str(tmp_path / "x.bin")
-    np.array([TOKENIZER.bos, *b"some words here"] * 20, np.uint16).tofile(path)
+    ids = [TOKENIZER.bos, *b"some words here"] * 20
+    write_token_file(path, iter([(ids, [1] * len(ids))]))
     stream = TokenStream([path])
     token_bytes = torch.from_numpy(TOKENIZER.token_bytes()).long()
     for B in (1, 3):                                     # the batch does not change the sum

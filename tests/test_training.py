@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from checkpoint import require_finite, steps_in
-from conftest import ROOT
+from conftest import DAMAGES, ROOT, damage
 from model import GPTConfig
 from plumbing.budget import checkpoint_bytes
-from plumbing.common import read_log
+from plumbing.common import fingerprint, read_json, read_log
 
 SHAPE = ["--depth=1", "--head_dim=32", "--max_seq_len=128", "--total_batch_size=1024"]
 RUN = ["--dtype=float32", "--device=cpu", "--eval_every=10"]
@@ -43,6 +43,13 @@ def run(base_dir, *argv, check=True, launcher=()):
 
 def weights(folder, step):
     return torch.load(os.path.join(folder, f"model_{step:06d}.pt"), weights_only=True)
+
+
+def flip(path, place=0.5):
+    """Turn one bit of a file over."""
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
 
 
 def losses(folder):
@@ -181,13 +188,13 @@ def test_a_checkpoint_is_never_taken_for_what_it_is_not(copy):
     """Damaged, made with another tokenizer, or trained from another base model: each is one line."""
     mid = copy / FOLDER["mid"]
     path = mid / "model_000020.pt"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    done = run(copy, "chat_cli.py", "-i", "mid", "-p", "hi", check=False)
+    flip(path)
+    done = run(copy, "chat_cli.py", "-i", "mid", "-p", "hi", "--step=20", check=False)
     assert done.returncode == 1 and "damaged" in done.stderr and "Traceback" not in done.stderr
     meta = json.loads((mid / "meta_000020.json").read_text())
     meta["source"]["sha256"] = "0" * 64                 # as if the base model had been trained again
+    meta["files"]["model_000020.pt"] = fingerprint(path)
+    del meta["checksum"]
     (mid / "meta_000020.json").write_text(json.dumps(meta))
     done = run(copy, *STAGES["mid"], "--resume=1", check=False)
     assert done.returncode == 1 and "another base checkpoint" in done.stderr
@@ -195,6 +202,142 @@ def test_a_checkpoint_is_never_taken_for_what_it_is_not(copy):
         "Tokenizer([bytes([i]) for i in range(256)] + [b'ab']).save(base_path('tokenizer'), {})")
     done = run(copy, "chat_cli.py", "-i", "base", "-p", "hi", check=False)
     assert done.returncode == 1 and "another tokenizer" in done.stderr
+
+
+def require_same_end(trained, copy, stage):
+    """The copy has come to the weights and losses of the run that nothing disturbed, bit for bit."""
+    old, new = weights(trained / FOLDER[stage], 20), weights(copy / FOLDER[stage], 20)
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    assert losses(copy / FOLDER[stage]) == losses(trained / FOLDER[stage])
+
+
+def damaged_and_resumed(trained, copy, stage, name, kind):
+    damage(copy / FOLDER[stage] / name, DAMAGES[kind])
+    done = run(copy, *STAGES[stage], "--save_every=10", "--resume=1")
+    assert "taken instead: step 10)" in done.stderr or (kind, name[:4]) == ("gone", "meta"), done.stderr
+    require_same_end(trained, copy, stage)
+
+
+def test_a_damaged_checkpoint_token_file_and_log_are_made_again(trained, copy):
+    log = copy / FOLDER["base"] / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b"\xff\xfe\n[]\n")
+    for path in (copy / "base_data").glob("*.bin"):
+        flip(path, 0.1)
+    damaged_and_resumed(trained, copy, "base", "model_000020.pt", "flip")
+    aside = [f"{name}.damaged" for name in ("meta_000020.json", "model_000020.pt", "optim_000020_rank0.pt")]
+    assert sorted(path.name for path in (copy / FOLDER["base"]).glob("*.damaged")) == aside
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ["meta_000020.json", "model_000020.pt"])
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_each_damage_of_a_checkpoint_in_every_stage(trained, copy, stage, name, kind):
+    damaged_and_resumed(trained, copy, stage, name, kind)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_each_damage_of_the_optimizers_state_in_every_stage(trained, copy, stage, kind):
+    (copy / FOLDER[stage] / "meta_000020.json").unlink()         # as if killed after step 10
+    damage(copy / FOLDER[stage] / "optim_000010_rank0.pt", DAMAGES[kind])
+    done = run(copy, *STAGES[stage], "--save_every=10", "--resume=1", check=False)
+    assert done.returncode == 1 and "the same command trains from the beginning" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    run(copy, *STAGES[stage], "--save_every=10", "--resume=1")
+    require_same_end(trained, copy, stage)
+
+
+@pytest.mark.parametrize("stage", ["base", *(pytest.param(stage, marks=pytest.mark.full) for stage in ("mid", "sft"))])
+def test_a_run_that_an_older_version_began_goes_on(trained, copy, stage):
+    folder = copy / FOLDER[stage]
+    (folder / "meta_000020.json").unlink()
+    meta = json.loads((folder / "meta_000010.json").read_text())
+    for key in ("checksum", "tokens"):
+        meta.pop(key, None)
+    (folder / "meta_000010.json").write_text(json.dumps(meta, indent=1))
+    for path in (copy / "base_data").glob("*.bin.json"):
+        path.unlink()
+    done = run(copy, *STAGES[stage], "--save_every=10", "--resume=1")
+    assert "made again" not in done.stdout + done.stderr
+    require_same_end(trained, copy, stage)
+
+
+@pytest.mark.parametrize("more", [["--num_iterations=1", "--embedding_lr=1e999"]])
+def test_a_model_that_is_not_finite_is_never_saved_nor_finished(copy, more):
+    shutil.rmtree(copy / FOLDER["base"])
+    argv = [arg for arg in STAGES["base"] if "num_iter" not in arg] + more
+    for _ in range(2):
+        done = run(copy, *argv, "--resume=1", check=False)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "infinit" in done.stderr or "finite" in done.stderr
+    assert not list((copy / FOLDER["base"]).glob("m*"))
+
+
+KILLED = """
+import os, runpy, sys
+number, sys.argv, count = int(sys.argv[1]), sys.argv[2:], 0
+def counted(real):
+    def call(*args, **more):
+        global count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), 9)
+        return real(*args, **more)
+    return call
+for name in ("replace", "fsync", "remove", "unlink"):
+    setattr(os, name, counted(getattr(os, name)))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_at_every_rename_flush_and_removal_of_a_run(trained, tmp_path, stage):
+    for number in range(1, 200, 1 if stage == "base" else 3):
+        copy = tmp_path / str(number)
+        shutil.copytree(trained, copy)
+        shutil.rmtree(copy / FOLDER[stage])
+        killed = run(copy, "-c", KILLED, str(number), *STAGES[stage], "--save_every=10", "--resume=1", check=False)
+        if killed.returncode == 0:
+            break
+        assert killed.returncode == -9, killed.stderr
+        done = run(copy, *STAGES[stage], "--save_every=10", "--resume=1")
+        assert "damaged" not in done.stdout + done.stderr and not list(copy.glob("*/*/*.tmp"))
+        require_same_end(trained, copy, stage)
+        shutil.rmtree(copy)
+    assert number > 25
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", sorted({*DAMAGES} - {"gone"}))
+def test_each_damage_of_a_small_file_is_one_line_and_made_again(copy, kind):
+    base, sft = copy / FOLDER["base"], copy / FOLDER["sft"]
+    fresh = [arg for arg in STAGES["base"] if "dtype" not in arg and "num_iter" not in arg] + ["--num_iterations=1", "--model_tag=x"]
+    cases = [(base / "eval.json", ["base_eval.py", "-a", "bpb", "--eval_tokens=1000", "--resume=1"]),
+             (sft / "chat_eval.json", ["chat_eval.py", "--embedded=1", "-a", "says its name", "-x", "2", "--max_tokens=4", "--resume=1"]),
+             (copy / "tokenizer/eval.json", ["tok_eval.py", "--references=", "--num_chars=1000", "--resume=1"]),
+             (copy / "base_checkpoints/x/numerics.json", fresh)]
+    for path, argv in cases:
+        run(copy, *argv)
+        good = read_json(str(path))
+        damage(path, DAMAGES[kind])
+        run(copy, "report.py", "--model_tag=d1", "--copy_to=")
+        if path.name == "numerics.json":
+            for name in os.listdir(path.parent):
+                if name[:4] in ("meta", "log."):
+                    os.remove(path.parent / name)
+        done = run(copy, *argv)
+        assert kind == "object" or f"{path}: damaged, so it is made again" in done.stdout, done.stdout
+        assert good and good.keys() == read_json(str(path)).keys()
+    damage(copy / "tokenizer/meta.json", DAMAGES[kind])
+    before = (copy / "tokenizer/vocab.tiktoken").read_bytes()
+    done = run(copy, "chat_cli.py", "-p", "hi", check=False)
+    assert done.returncode == 1 and "tokenizer is broken" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = run(copy, "tok_train.py", "--vocab_size=300")
+    assert "damaged, so the tokenizer is trained again" in done.stdout
+    [aside] = copy.glob("tokenizer.damaged-*")
+    assert (aside / "vocab.tiktoken").read_bytes() == before
 
 
 def test_changed_knobs_and_what_they_make_stale_are_named_at_once(copy):
