@@ -46,6 +46,23 @@ plan() {
         --num_shards="$DATA_SHARDS" --vocab_size="$VOCAB_SIZE" --device_batch_size="$DEVICE_BATCH_SIZE" --num_processes="$((NPROC * NNODES))" \
         --gradient_checkpointing="$GRADIENT_CHECKPOINTING" --known="$VARIABLES" --given="$(compgen -e)"
 }
+# Ctrl-C, kill and a closed terminal: what runs is told to save and end, a second time it has to; the code is a shell's for the signal
+children= downloads= told= told_at=0
+tell() {
+    if [ -n "$told" ] && [ $((SECONDS - told_at)) -lt 2 ]; then return; fi      # the same signal, by another way
+    if [ -n "$told" ]; then kill -KILL $children 2>/dev/null || true; fi
+    told=$1 told_at=$SECONDS
+    if [ -z "$children" ]; then exit "$told"; fi
+    kill -TERM $children 2>/dev/null || true
+}
+ended() {
+    local code=${told:-$1}
+    if [ -n "$downloads" ]; then kill "$downloads" 2>/dev/null || true; fi
+    if [ "$code" -ge 128 ] && [ "$code" != 141 ]; then echo "pipeline: ended with code $code; the same command goes on" >&2 || true; fi
+    exit "$code"                                                  # 141: whoever read this has gone
+}
+trap 'tell 130' INT; trap 'tell 143' TERM; trap 'tell 129' HUP; trap 'ended $?' EXIT
+
 # before anything is downloaded; the plan needs a Python but no packages, and with torch it can time a CPU
 planned=0; case "${PLAN:-0}" in 0) ;; *) planned=1 ;; esac
 if [ "$planned" = 1 ] && [ -x .venv/bin/python ]; then plan .venv/bin/python
@@ -56,6 +73,12 @@ if [ "$planned" = 1 ]; then exit 0; fi
 if [ "$CONFIG" != tiny ] && nvidia-smi >/dev/null 2>&1 && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "pipeline: there is a GPU, but this torch can't use it; update the NVIDIA driver, or install a torch built for it into .venv" >&2
     exit 1
+fi
+# one driver in a folder: the lock belongs to this shell, and is free when it ends, however it ends
+if [ "$NODE_RANK" = 0 ]; then
+    mkdir -p "$NANOCHAT_BASE_DIR"
+    exec 9<>"$NANOCHAT_BASE_DIR/.lock"
+    python -c 'import sys; from plumbing.stop import only_one; only_one(sys.argv[1], open(9, "r+"), sys.argv[2])' "$NANOCHAT_BASE_DIR/.lock" $$
 fi
 # a CPU thread that has nothing to do looks for work some microseconds long, then sleeps: sleeping at once makes a step
 # 1.4 times slower on a quiet machine; for a busy one plumbing/machine.py finds by timing that one thread is faster than two
@@ -70,15 +93,39 @@ else
 fi
 # every command is shown as it can be typed; what is no training runs on the first machine alone, in the folder all of them see
 show() { printf '$'; printf ' %q' "$@"; echo; }
-run() { if [ "$NODE_RANK" = 0 ]; then show "$@"; "$@"; fi; }
-# the launcher of the training stages: torchrun only where there are several processes; what follows -- is not for it
-if [ "$NNODES" = 1 ] && [ "$NPROC" = 1 ]; then launcher=(python)
-elif [ "$NNODES" = 1 ]; then launcher=(python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" --)
-else
-    launcher=(python -m torch.distributed.run --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC"
-              --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --)
-fi
-launch() { show "${launcher[@]}" "$@"; "${launcher[@]}" "$@"; }
+run() { if [ "$NODE_RANK" = 0 ]; then show "$@"; begin "$@"; follow; fi; }
+# a training stage: one process for each GPU, told which of them it is and where they meet, as torchrun would
+launch() {
+    if [ "$NPROC" = 1 ] && [ "$NNODES" = 1 ]; then show python "$@"; begin python "$@"; follow; return; fi
+    local i port=$MASTER_PORT
+    if [ "$NNODES" = 1 ]; then port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); fi
+    for ((i = 0; i < NPROC; i++)); do
+        set -- env RANK=$((NODE_RANK * NPROC + i)) LOCAL_RANK=$i WORLD_SIZE=$((NPROC * NNODES)) MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" \
+            MASTER_PORT="$port" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python "$@"
+        show "$@"; begin "$@"
+        shift 7
+    done
+    follow
+}
+# all of them run in the background, so that this shell hears signals at once; 9 is its lock, not theirs
+begin() { "$@" 9>&- & children="$children $!"; }
+# until all have ended -> the code of the first that failed; the others, who wait for that one in vain, get 20 s to notice it
+follow() {
+    local pid code left failed=0 since=0
+    while [ -n "$children" ]; do
+        left=
+        for pid in $children; do      # several are looked at in turn, a single one is waited for, until it ends or a signal comes
+            if [ "$failed:$children" != "0: $pid" ] && kill -0 "$pid" 2>/dev/null; then left="$left $pid"; sleep 0.2 || true; continue; fi
+            code=0; wait "$pid" || code=$?
+            if kill -0 "$pid" 2>/dev/null; then left="$left $pid"; continue; fi
+            if [ "$failed" = 0 ] && [ "$code" != 0 ]; then failed=$code since=$SECONDS; fi
+        done
+        children=$left
+        if [ "$failed" != 0 ] && [ $((SECONDS - since)) -gt 20 ]; then kill -KILL $children 2>/dev/null || true; fi
+    done
+    if [ -n "$told" ]; then exit "$told"; fi
+    return "$failed"
+}
 # the same question after each stage: a base model goes on with it, mid-training teaches to answer
 ask() { run python chat_cli.py -i "$1" --model_tag="$2" --max_tokens=48 -p "Who are you?"; }
 printf '$ source .venv/bin/activate; export NANOCHAT_BASE_DIR=%q\n' "$NANOCHAT_BASE_DIR"
@@ -91,14 +138,12 @@ stage() {
 }
 
 stage "1. text"
-downloads=
 if [ "$CONFIG" = tiny ]; then
     run python prepare.py --embedded=1
 elif [ "$NODE_RANK" = 0 ]; then
     show python prepare.py -n "$DATA_SHARDS" --tasks=1
-    python prepare.py -n "$DATA_SHARDS" --tasks=1 &     # goes on while the tokenizer and the model train
+    python prepare.py -n "$DATA_SHARDS" --tasks=1 9>&- &     # goes on while the tokenizer and the model train
     downloads=$!
-    trap 'kill $downloads 2>/dev/null || true' EXIT
 fi
 
 stage "2. tokenizer"
@@ -115,7 +160,7 @@ ask base "$BASE_TAG"
 
 if [ -n "$downloads" ]; then
     wait "$downloads" || { echo "pipeline: the downloads failed, see above; run again to go on" >&2; exit 1; }
-    trap - EXIT
+    downloads=
 fi
 
 stage "4. mid-training: the chat format and many small tasks"

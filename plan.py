@@ -7,6 +7,7 @@ import difflib
 import subprocess
 from types import SimpleNamespace
 
+from plumbing import stop
 from plumbing.budget import (CPU_BYTES, KEEP, SHARD_BYTES, SHARD_TOKENS, checkpoint_bytes, flops_per_token,
                              micro_batch, model_shape, num_params, peak_flops, row_bytes, rows_per_step, state_bytes,
                              usable_bytes)
@@ -29,6 +30,7 @@ gradient_checkpointing = False # 1 = less memory, slower
 known = ""                     # names of the drivers' variables, for the next one
 given = ""                     # names of the variables that are set; one that is nearly a known name ends the run
 config = configure(globals(), show=False)
+stop.listen()
 
 SHARD_DISK = SHARD_BYTES + 2 * SHARD_TOKENS   # the parquet file and its tokens
 TASK_DISK = 1.6e9              # conversations and questions, and the tokens made from them

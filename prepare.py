@@ -10,13 +10,13 @@ run     python prepare.py -n 8               the first 8 training shards and the
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 import os
 import shutil
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import pyarrow.parquet as pq
 
 from data import VAL_SHARD, is_embedded, shard_path, write_shard
+from plumbing import stop
 from plumbing.budget import SHARD_BYTES
 from plumbing.common import base_path
 from plumbing.configurator import configure
@@ -107,6 +107,5 @@ try:
         fetch_shards(num_shards or 8, num_threads)
     if tasks:
         fetch()
-except KeyboardInterrupt:
-    print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
-    os._exit(130)                             # a normal exit would wait for the threads
+except stop.Stopped as stopped:
+    os._exit(stopped.code)                    # a normal exit would wait for the threads
