@@ -103,7 +103,7 @@ launch() {
         set -- env RANK=$((NODE_RANK * NPROC + i)) LOCAL_RANK=$i WORLD_SIZE=$((NPROC * NNODES)) MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" \
             MASTER_PORT="$port" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python "$@"
         show "$@"; begin "$@"
-        shift 7
+        shift 8
     done
     follow
 }
@@ -116,7 +116,7 @@ follow() {
         left=
         for pid in $children; do      # several are looked at in turn, a single one is waited for, until it ends or a signal comes
             if [ "$failed:$children" != "0: $pid" ] && kill -0 "$pid" 2>/dev/null; then left="$left $pid"; sleep 0.2 || true; continue; fi
-            code=0; wait "$pid" || code=$?
+            code=0; wait "$pid" 2>/dev/null || code=$?
             if kill -0 "$pid" 2>/dev/null; then left="$left $pid"; continue; fi
             if [ "$failed" = 0 ] && [ "$code" != 0 ]; then failed=$code since=$SECONDS; fi
         done

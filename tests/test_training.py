@@ -7,7 +7,6 @@ a few seconds, most of it the start of Python.
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -254,14 +253,6 @@ def test_a_divergence_stops_before_the_weights_are_touched(copy):
     assert done.returncode == 1 and "diverged" in done.stderr
     saved = sorted(name for name in os.listdir(copy / FOLDER["base"]) if name.startswith("model"))
     assert all(torch.isfinite(w).all() for name in saved for w in torch.load(copy / FOLDER["base"] / name).values())
-
-
-@pytest.fixture
-def port():
-    """A TCP port that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_the_launcher_hands_every_flag_on(tmp_path, port):
