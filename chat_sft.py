@@ -140,8 +140,8 @@ for step in range(start_step, total_steps + 1):
     if eval_metrics_every and due(step, eval_metrics_every, last):
         with stop.cut_short():                                  # minutes, which a signal need not wait for
             for name, task in tests.items():
-                right, total = metrics.evaluate_task(Engine(model, tokenizer), task, is_right, eval_metrics_max_problems,
-                                                     max_tokens=128)
+                right, total = metrics.evaluate_task(Engine(model, tokenizer), task, is_right,
+                                                     eval_metrics_max_problems, max_tokens=128)
                 print0(f"step {step:5d}/{total_steps} | {name}: {right} of {total}")
                 log.write(step, test=name, right=right, total=total)
     if last:

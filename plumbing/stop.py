@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 
 from plumbing.common import RANK, WORLD_SIZE
@@ -20,6 +21,7 @@ from plumbing.common import RANK, WORLD_SIZE
 AGAIN = 1.0          # seconds; a terminal tells the driver and the stage, which hears of it twice
 asked = 0            # the signal that has told this process to stop; 0 = none
 asked_at = 0.0
+at_the_latest = None  # ends a script that was told to stop and goes on
 in_loop = False      # whether a signal only asks: the loop of the stage looks after each step
 
 
@@ -58,7 +60,7 @@ def watch_output(gone=lambda: None):
 
 def told(number, _):
     """A signal: the first one asks or ends the script, another one leaves at once."""
-    global asked, asked_at
+    global asked, asked_at, at_the_latest
     pipe = number == signal.SIGPIPE
     if asked and (pipe or time.monotonic() - asked_at < AGAIN):
         return
@@ -66,9 +68,11 @@ def told(number, _):
         os._exit(128 + number)
     asked, asked_at = number, time.monotonic()
     if RANK == 0 and not pipe:
-        say = "stopping after this step; once more to leave at once" if in_loop else "stopped"
-        print(say, file=sys.stderr)
+        print("stopping after this step; once more to leave at once" if in_loop else "stopped", file=sys.stderr)
     if not in_loop:
+        at_the_latest = threading.Timer(3, os._exit, [128 + number])     # a library may swallow the exception
+        at_the_latest.daemon = True
+        at_the_latest.start()
         raise Stopped(128 + number)
 
 
@@ -86,7 +90,7 @@ def cut_short():
     try:
         yield
     except Stopped:
-        pass
+        at_the_latest.cancel()
     finally:
         in_loop = True
 
@@ -102,7 +106,7 @@ def only_one(path, file=None, pid=None):
     Lock `path` until this process ends, however it ends: the lock is the system's, the file only says whose it is.
 
     file  path, opened already: the lock belongs to all who have it open, like the driver with this pid
-    raises  SystemExit, naming the other process that has the lock; on a file system without locks that is only said
+    raises  SystemExit, naming the process that has the lock; where the file system has no locks, that is only said
     """
     if RANK != 0:
         return None

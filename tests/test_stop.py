@@ -42,6 +42,7 @@ def read_up_to(process, words):
     for line in process.stdout:
         said += line
         if words in line:
+            time.sleep(0.1)                                      # a signal in the middle of a print may double its line
             return said
     raise AssertionError(f"it never said {words!r}:\n{said}")
 
@@ -110,10 +111,26 @@ def test_a_run_stopped_at_random_moments_is_the_same_run(trained, copy, stage, s
 def test_a_signal_before_the_loop_is_one_line(trained, copy, name, code):
     process = begin(copy, "base_eval.py", "--model_tag=d1")
     read_up_to(process, "model_tag")                             # torch is imported now
-    time.sleep(0.1)
     process.send_signal(getattr(signal, f"SIG{name}"))
     ended, said = end(process)
     assert ended == code and said.splitlines()[-1] == "stopped" and "Traceback" not in said
+
+
+def test_a_library_that_swallows_the_stop_only_delays_it(tmp_path):
+    process = begin(tmp_path, "-c", "import time; from plumbing import stop; stop.listen()\ntry:\n  print('here', flush=True)\n"
+                    "  time.sleep(60)\nexcept BaseException: time.sleep(60)")
+    read_up_to(process, "here")
+    process.send_signal(signal.SIGTERM)
+    assert end(process, 20) == (143, "stopped\n")
+
+
+def test_an_evaluation_is_cut_short_and_the_loop_goes_on_to_its_save(tmp_path):
+    code = ("import time; from plumbing import stop; stop.listen(); stop.finish_steps()\nwith stop.cut_short():\n"
+            "  print('evaluating', flush=True)\n  time.sleep(60)\ntime.sleep(4)\nprint('saved', stop.asked)")
+    process = begin(tmp_path, "-c", code)
+    read_up_to(process, "evaluating")
+    process.send_signal(signal.SIGTERM)
+    assert end(process, 20) == (0, "stopped\nsaved 15\n")
 
 
 LOOP = """
