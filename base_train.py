@@ -18,11 +18,11 @@ from data import text_streams, train_shards
 from evals import core, metrics
 from model import GPT, GPTConfig, compiled
 from muon import build_optimizers, lr_multiplier, set_schedule
-from plumbing import budget
+from plumbing import budget, stop
 from plumbing.common import Log, Progress, due, duration, print0
 from plumbing.configurator import configure
 from plumbing.fit import fit_micro_batch
-from plumbing.machine import choose_numerics, clip, finish, last_pass, start, to_device
+from plumbing.machine import choose_numerics, clip, finish, last_pass, leave, start, to_device
 
 # model
 depth = 12                     # layers; the one dial of model size: width is 64 x depth
@@ -64,6 +64,7 @@ config = configure(globals())  # flags and config files replace the values above
 
 # a finished stage ends here, an unfinished one continues
 checkpoint_dir = stage_folder("base", model_tag or f"d{depth}")
+lock = stop.only_one(f"{checkpoint_dir}.lock")                    # a second run is refused here
 meta = checkpoint_to_resume("base", checkpoint_dir, config, resume)
 start_step = meta["step"] if meta else 0
 tokenizer = tokenizer_of(checkpoint_dir, meta)
@@ -117,6 +118,8 @@ val_bpb = meta["val_bpb"] if meta else None
 log = Log(checkpoint_dir, start_step, run, config)
 progress = Progress(log, start_step, total_steps, flops, machine.peak_flops, meta and meta["progress"],
                     budget.checkpoint_bytes(model_config))
+stopping = False                  # Ctrl-C, kill, a closed terminal: the step is finished and saved
+stop.finish_steps()
 
 for step in range(start_step, total_steps + 1):
     last = step == total_steps
@@ -127,18 +130,21 @@ for step in range(start_step, total_steps + 1):
                                        B, max_seq_len, machine.device)
         print0(f"step {step:5d}/{total_steps} | val bpb {val_bpb:.4f}")
         log.write(step, val_bpb=val_bpb)
-    if step > start_step and due(step, save_every, last):
+    if step > start_step and (stopping or due(step, save_every, last)):
         save_checkpoint(checkpoint_dir, step, model, optimizers, dict(
             stage="base", num_iterations=total_steps, val_bpb=val_bpb, progress=progress.state(),
             shards=shards, tokens=train_stream.counts(), config=config,
             tokenizer=tokenizer.fingerprint, params=params, flops_per_token=flops, rows=rows,
             device_batch_size=B, machine=machine.describe(), peak_memory=machine.peak_memory()))
+    if stopping:
+        leave(step, resume)
     if due(step, sample_every, last):
         metrics.print_samples(model, tokenizer)
     if core_metric_every and due(step, core_metric_every, last):
-        _, core_score = core.evaluate_core(model, tokenizer, core_metric_max_per_task)
-        print0(f"step {step:5d}/{total_steps} | CORE {core_score:.4f}")
-        log.write(step, core=core_score)
+        with stop.cut_short():                                  # minutes, which a signal need not wait for
+            _, core_score = core.evaluate_core(model, tokenizer, core_metric_max_per_task)
+            print0(f"step {step:5d}/{total_steps} | CORE {core_score:.4f}")
+            log.write(step, core=core_score)
     if last:
         break
 
@@ -155,7 +161,7 @@ for step in range(start_step, total_steps + 1):
         loss = forward(to_device(x[micro], machine.device), to_device(y[micro], machine.device)) / tokens_per_step
         loss.backward()
         train_loss += loss.detach()
-    train_loss, grad_norm = clip(model, train_loss, grad_clip)
+    train_loss, grad_norm, stopping = clip(model, train_loss, grad_clip)            # the ranks agree whether one is to stop
     require_finite(checkpoint_dir, step, rows, train_loss, grad_norm)               # a run that has diverged ends here
     for optimizer in optimizers:
         optimizer.step()

@@ -15,6 +15,7 @@ import sys
 
 from checkpoint import FOLDERS, find_checkpoint, load_model, tags_of
 from engine import Engine, TextStream, printable
+from plumbing import stop
 from plumbing.common import base_path
 from plumbing.configurator import configure
 from plumbing.machine import start
@@ -106,6 +107,7 @@ millions = sum(p.numel() for p in model.parameters()) / 1e6
 note(f"{stage} model {folder}, step {meta['step']}: {millions:.1f}M parameters, "
      f"context {context} tokens, on {machine.name}")
 
+stop.ctrl_c_is_mine()                                  # it stops an answer, not the program
 if prompt:
     try:
         stopped = answer(prompt.strip(), [], first_seed)

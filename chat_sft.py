@@ -20,11 +20,11 @@ from data import rank_batches
 from engine import Engine
 from evals import metrics
 from muon import build_optimizers, lr_multiplier, set_schedule
-from plumbing import budget
+from plumbing import budget, stop
 from plumbing.common import Log, Progress, due, duration, print0
 from plumbing.configurator import configure
 from plumbing.fit import fit_micro_batch
-from plumbing.machine import clip, finish, last_pass, start, sum_over_ranks, to_device
+from plumbing.machine import clip, finish, last_pass, leave, start, sum_over_ranks, to_device
 from tasks import (Mixture, all_tests, arc, docstrings, gsm8k, identity, identity_file, is_right, simple_spelling,
                    smoltalk, spelling_bee, who_is)
 
@@ -71,6 +71,7 @@ QUICK_TESTS = ("MMLU", "ARC-Easy", "says its name", "spells a word", "counts a l
 # a finished stage ends here, an unfinished one continues
 source_folder, source_meta, parent = find_parent(source, source_tag, model_tag)
 checkpoint_dir = stage_folder("sft", model_tag or parent["tag"])
+lock = stop.only_one(f"{checkpoint_dir}.lock")                    # a second run is refused here
 meta = checkpoint_to_resume("sft", checkpoint_dir, config, resume, parent)
 start_step = meta["step"] if meta else 0
 machine = start(device, dtype, meta or source_meta)
@@ -118,6 +119,8 @@ val_loss = meta["val_loss"] if meta else None
 log = Log(checkpoint_dir, start_step, run, config)
 progress = Progress(log, start_step, total_steps, flops, machine.peak_flops, meta and meta["progress"],
                     budget.checkpoint_bytes(model.config))
+stopping = False                  # Ctrl-C, kill, a closed terminal: the step is finished and saved
+stop.finish_steps()
 
 for step in range(start_step, total_steps + 1):
     last = step == total_steps
@@ -128,18 +131,21 @@ for step in range(start_step, total_steps + 1):
         val_loss = metrics.evaluate_loss(model, batches, machine.device)
         print0(f"step {step:5d}/{total_steps} | val loss {val_loss:.4f}")
         log.write(step, val_loss=val_loss)
-    if step > start_step and due(step, save_every, last):
+    if step > start_step and (stopping or due(step, save_every, last)):
         save_checkpoint(checkpoint_dir, step, model, optimizers, dict(
             stage="sft", num_iterations=total_steps, val_loss=val_loss, progress=progress.state(), config=config,
             source=parent, tokenizer=tokenizer.fingerprint, flops_per_token=flops, rows=rows,
             conversations=len(train_data), device_batch_size=B, machine=machine.describe(),
             peak_memory=machine.peak_memory()))
+    if stopping:
+        leave(step, resume)
     if eval_metrics_every and due(step, eval_metrics_every, last):
-        for name, task in tests.items():
-            right, total = metrics.evaluate_task(Engine(model, tokenizer), task, is_right, eval_metrics_max_problems,
-                                                 max_tokens=128)
-            print0(f"step {step:5d}/{total_steps} | {name}: {right} of {total}")
-            log.write(step, test=name, right=right, total=total)
+        with stop.cut_short():                                  # minutes, which a signal need not wait for
+            for name, task in tests.items():
+                right, total = metrics.evaluate_task(Engine(model, tokenizer), task, is_right,
+                                                     eval_metrics_max_problems, max_tokens=128)
+                print0(f"step {step:5d}/{total_steps} | {name}: {right} of {total}")
+                log.write(step, test=name, right=right, total=total)
     if last:
         break
 
@@ -157,7 +163,7 @@ for step in range(start_step, total_steps + 1):
         loss = forward(to_device(x, machine.device), to_device(y, machine.device)) / max(1, num_targets)
         loss.backward()
         train_loss += loss.detach()
-    train_loss, grad_norm = clip(model, train_loss, grad_clip)
+    train_loss, grad_norm, stopping = clip(model, train_loss, grad_clip)            # the ranks agree whether one is to stop
     require_finite(checkpoint_dir, step, rows, train_loss, grad_norm)               # a run that has diverged ends here
     for optimizer in optimizers:
         optimizer.step()

@@ -28,11 +28,11 @@ from data import conversation_streams, epoch_tokens
 from evals import metrics
 from model import compiled
 from muon import build_optimizers, lr_multiplier, set_schedule
-from plumbing import budget
+from plumbing import budget, stop
 from plumbing.common import Log, Progress, due, duration, print0
 from plumbing.configurator import configure
 from plumbing.fit import fit_micro_batch
-from plumbing.machine import clip, finish, last_pass, start, sum_over_ranks, to_device
+from plumbing.machine import clip, finish, last_pass, leave, start, sum_over_ranks, to_device
 from tasks import Mixture, docstrings, gsm8k, identity, identity_file, mmlu, simple_spelling, smoltalk, spelling_bee
 
 # where from
@@ -77,6 +77,7 @@ config = configure(globals())
 # a finished stage ends here, an unfinished one continues
 base_folder, base_meta, source = find_parent("base", source_tag, model_tag)
 checkpoint_dir = stage_folder("mid", model_tag or source["tag"])
+lock = stop.only_one(f"{checkpoint_dir}.lock")                    # a second run is refused here
 meta = checkpoint_to_resume("mid", checkpoint_dir, config, resume, source)
 start_step = meta["step"] if meta else 0
 machine = start(device, dtype, meta or base_meta)
@@ -132,6 +133,8 @@ val_bpb = meta["val_bpb"] if meta else None
 log = Log(checkpoint_dir, start_step, run, config)
 progress = Progress(log, start_step, total_steps, flops, machine.peak_flops, meta and meta["progress"],
                     budget.checkpoint_bytes(model.config))
+stopping = False                  # Ctrl-C, kill, a closed terminal: the step is finished and saved
+stop.finish_steps()
 
 for step in range(start_step, total_steps + 1):
     last = step == total_steps
@@ -142,12 +145,14 @@ for step in range(start_step, total_steps + 1):
                                        B, max_seq_len, machine.device)
         print0(f"step {step:5d}/{total_steps} | val bpb {val_bpb:.4f}")
         log.write(step, val_bpb=val_bpb)
-    if step > start_step and due(step, save_every, last):
+    if step > start_step and (stopping or due(step, save_every, last)):
         save_checkpoint(checkpoint_dir, step, model, optimizers, dict(
             stage="mid", num_iterations=total_steps, val_bpb=val_bpb, progress=progress.state(),
             config=config, source=source,
             tokenizer=tokenizer.fingerprint, flops_per_token=flops, rows=rows, conversations=len(train_data),
             device_batch_size=B, machine=machine.describe(), peak_memory=machine.peak_memory()))
+    if stopping:
+        leave(step, resume)
     if last:
         break
 
@@ -166,7 +171,7 @@ for step in range(start_step, total_steps + 1):
         loss = loss / max(1, num_targets)
         loss.backward()
         train_loss += loss.detach()
-    train_loss, grad_norm = clip(model, train_loss, grad_clip)
+    train_loss, grad_norm, stopping = clip(model, train_loss, grad_clip)            # the ranks agree whether one is to stop
     require_finite(checkpoint_dir, step, rows, train_loss, grad_norm)               # a run that has diverged ends here
     for optimizer in optimizers:
         optimizer.step()

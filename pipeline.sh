@@ -52,6 +52,23 @@ plan() { "$1" plan.py "${plan_flags[@]}" --known="$VARIABLES" --given="$(compgen
 # 1.4 times slower on a quiet machine; for a busy one plumbing/machine.py finds by timing that one thread is faster than two
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} PYTHONUNBUFFERED=1
 
+# Ctrl-C, kill and a closed terminal: what runs is told to save and end, a second time it has to; the code is a shell's for the signal
+child= downloads= told= told_at=0
+tell() {
+    if [ -n "$told" ] && [ $((SECONDS - told_at)) -lt 2 ]; then return; fi      # the same signal, by another way
+    if [ -n "$told" ]; then kill -KILL $(pgrep -P "$child") "$child" 2>/dev/null || true; fi      # torchrun's ranks, too
+    told=$1 told_at=$SECONDS
+    if [ -z "$child" ]; then exit "$told"; fi
+    kill -TERM "$child" 2>/dev/null || true
+}
+ended() {
+    local code=${told:-$1}
+    if [ -n "$downloads" ]; then kill "$downloads" 2>/dev/null || true; fi
+    if [ "$code" -ge 128 ] && [ "$code" != 141 ]; then echo "pipeline: ended with code $code; the same command goes on" >&2 || true; fi
+    exit "$code"                                                  # 141: whoever read this has gone
+}
+trap 'tell 130' INT; trap 'tell 143' TERM; trap 'tell 129' HUP; trap 'ended $?' EXIT
+
 # before anything is downloaded; it needs a Python but no packages, and with torch it can time steps
 case "${PLAN:-0}" in
     0) how=(--measure=0) ;;
@@ -69,6 +86,12 @@ if [ "$CONFIG" != tiny ] && nvidia-smi >/dev/null 2>&1 && ! python -c 'import sy
     echo "pipeline: there is a GPU, but this torch can't use it; update the NVIDIA driver, or install a torch built for it into .venv" >&2
     exit 1
 fi
+# one driver in a folder: the lock belongs to this shell, and is free when it ends, however it ends
+if [ "$NODE_RANK" = 0 ]; then
+    mkdir -p "$NANOCHAT_BASE_DIR"
+    exec 9<>"$NANOCHAT_BASE_DIR/.lock"
+    python -c 'import sys; from plumbing.stop import only_one; only_one(sys.argv[1], open(9, "r+"), sys.argv[2])' "$NANOCHAT_BASE_DIR/.lock" $$
+fi
 if [ "$CONFIG" = tiny ]; then
     base_flags=(config/tiny_base.py) mid_flags=(config/tiny_mid.py) sft_flags=(config/tiny_sft.py ${SFT_BATCH_SIZE:+"--device_batch_size=$SFT_BATCH_SIZE"})
     base_tests=(--tasks=bpb,samples) chat_tests=(--embedded=1 --max_tokens=160) references=    # tests of its own, no download
@@ -78,15 +101,24 @@ else
 fi
 # every command is shown as it can be typed; what is no training runs on the first machine alone, in the folder all of them see
 show() { printf '$'; printf ' %q' "$@"; echo; }
-run() { if [ "$NODE_RANK" = 0 ]; then show "$@"; "$@"; fi; }
+run() { if [ "$NODE_RANK" = 0 ]; then show "$@"; follow "$@"; fi; }
+# in the background, so that this shell hears signals at once; 9 is its lock, not the command's
+follow() {
+    local code
+    "$@" 9>&- & child=$!
+    while true; do code=0; wait "$child" || code=$?; kill -0 "$child" 2>/dev/null || break; done      # a signal ends the wait alone
+    child=
+    if [ -n "$told" ]; then exit "$told"; fi
+    return "$code"
+}
 # the launcher of the training stages: torchrun only where there are several processes; what follows -- is not for it
 if [ "$NNODES" = 1 ] && [ "$NPROC" = 1 ]; then launcher=(python)
-elif [ "$NNODES" = 1 ]; then launcher=(python -m torch.distributed.run --standalone --nproc_per_node="$NPROC" --)
+elif [ "$NNODES" = 1 ]; then launcher=(python -m plumbing.launch --standalone --nproc_per_node="$NPROC" --)
 else
-    launcher=(python -m torch.distributed.run --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC"
+    launcher=(python -m plumbing.launch --nnodes="$NNODES" --node_rank="$NODE_RANK" --nproc_per_node="$NPROC"
               --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --rdzv_conf=timeout=3600 --)   # the others wait an hour
 fi
-launch() { show "${launcher[@]}" "$@"; "${launcher[@]}" "$@"; }
+launch() { show "${launcher[@]}" "$@"; follow "${launcher[@]}" "$@"; }
 # the same question after each stage: a base model goes on with it, mid-training teaches to answer
 ask() { run python chat_cli.py -i "$1" --model_tag="$2" --max_tokens=48 -p "Who are you?"; }
 printf '$ source .venv/bin/activate; export NANOCHAT_BASE_DIR=%q\n' "$NANOCHAT_BASE_DIR"
@@ -99,14 +131,12 @@ stage() {
 }
 
 stage "1. text"
-downloads=
 if [ "$CONFIG" = tiny ]; then
     run python prepare.py --embedded=1
 elif [ "$NODE_RANK" = 0 ]; then
     show python prepare.py -n "$DATA_SHARDS" --tasks=1
-    python prepare.py -n "$DATA_SHARDS" --tasks=1 &     # goes on while the tokenizer and the model train
+    python prepare.py -n "$DATA_SHARDS" --tasks=1 9>&- &     # goes on while the tokenizer and the model train
     downloads=$!
-    trap 'kill $downloads 2>/dev/null || true' EXIT
 fi
 
 stage "2. tokenizer"
@@ -123,7 +153,7 @@ ask base "$BASE_TAG"
 
 if [ -n "$downloads" ]; then
     wait "$downloads" || { echo "pipeline: the downloads failed, see above; run again to go on" >&2; exit 1; }
-    trap - EXIT
+    downloads=
 fi
 
 stage "4. mid-training: the chat format and many small tasks"

@@ -15,6 +15,7 @@ import re
 import subprocess
 from types import SimpleNamespace
 
+from plumbing import stop
 from plumbing.budget import (CARD_GB, CPU_BYTES, KEEP, SHARD_BYTES, SHARD_TOKENS, card_bytes, checkpoint_bytes,
                              flops_per_token, micro_batch, model_shape, num_params, peak_bytes, peak_flops,
                              rows_per_step, usable_bytes)
@@ -44,6 +45,7 @@ measure = True                 # 0 = only what needs no step to be timed
 known = ""                     # names of the drivers' variables, for the next one
 given = ""                     # names of the variables that are set; one that is nearly a known name ends the run
 config = configure(globals(), show=False)
+stop.listen()
 
 NAMES = dict(base="pretraining", mid="mid-training", sft="fine-tuning", report="report, questions")
 PROGRAMS = dict(base=3, mid=3, sft=2, report=2)       # that a stage starts: to train, to test, to ask a question

@@ -12,13 +12,13 @@ from plumbing import packages  # noqa: F401, I001: first, so that it can say wha
 import glob
 import os
 import shutil
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import pyarrow.parquet as pq
 
 from data import VAL_SHARD, is_embedded, shard_path, write_shard
+from plumbing import stop
 from plumbing.budget import SHARD_BYTES, SHARD_TOKENS
 from plumbing.common import base_path
 from plumbing.configurator import configure
@@ -115,6 +115,5 @@ try:
         fetch_shards(here)
     if tasks or verify:
         fetch(verify, missing=tasks)
-except KeyboardInterrupt:
-    print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
-    os._exit(130)                             # a normal exit would wait for the threads
+except stop.Stopped as stopped:
+    os._exit(stopped.code)                    # a normal exit would wait for the threads

@@ -47,7 +47,7 @@ def step(model, forward, optimizers, micro_batches):
     for x, y in micro_batches():
         loss = forward(x, y) / x.numel()
         loss.backward()
-    clip(model, 0, loss.detach(), 1.0)
+    clip(model, loss.detach(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)

@@ -122,7 +122,7 @@ class Variant:
             loss.backward()
             train_loss += loss.detach()
         lap("forward, backward")
-        train_loss, _ = self.clip(self.model, train_loss, 1.0)
+        train_loss, *_ = self.clip(self.model, train_loss, 1.0)
         lap("clip")
         for optimizer, part in zip(self.optimizers, ("AdamW", "Muon")):
             optimizer.step()

@@ -8,5 +8,6 @@ machine       device, number format, threads and ranks
 download      files from the network, resumed and verified
 background    a function in a process beside the trainer
 calculator    the tool that a chat model may call
-packages      one line where the packages are not installed
+stop          signals, closed pipes, one run in a folder
+packages      imported first: one line where the packages are not installed, or at a signal
 """

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 
+from plumbing import stop
 from plumbing.common import RANK
 
 # What the other process runs first: it learns where our modules are, then makes the call.
@@ -60,8 +61,11 @@ def start_background(function, *args):
 def run(parent, call):
     """The other process: step back, watch the parent, make the call."""
     os.nice(19)                                   # the trainer comes first
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's, which may still save
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))    # an exception: temporary files go
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the trainer's, which may need us to finish its step
+    # an exception, so that temporary files go
+    signal.signal(signal.SIGTERM, lambda *_: os.getppid() == parent or sys.exit(1))
+    stop.watch_output()
 
     def watch():
         while os.getppid() == parent:             # changes even when the parent was killed

@@ -37,7 +37,7 @@ RANGES = {
     # model and batch; shorter rows than 64 tokens have no room for the prompts of the samples
     "depth": (1, 100), "head_dim": (0, 1024), "max_seq_len": (64, 10**6), "vocab_size": (0, 65536),
     "total_batch_size": (0, 10**8), "device_batch_size": (0, 10**6), "target_examples_per_step": (1, 10**5),
-    "batch_size": (1, 10**4), "num_processes": (1, 10**4), "rows": (0, 10**5),
+    "batch_size": (1, 10**4), "sft_batch_size": (0, 10**4), "num_processes": (1, 10**4), "rows": (0, 10**5),
     # length, data and mixture
     "num_iterations": COUNT, "mid_iterations": COUNT, "sft_iterations": COUNT, "target_param_data_ratio": (0, 10**6),
     "num_shards": (0, 1822), "identity_rows": (1, 10**7), "spelling_rows": (1, 10**7), "spelling_bee_rows": (1, 10**7),
@@ -47,7 +47,8 @@ RANGES = {
     # evaluation and checkpoints
     "eval_every": COUNT, "eval_tokens": (0, 10**12), "final_eval_tokens": (0, 10**12), "eval_examples": SOME,
     "eval_metrics_every": COUNT, "eval_metrics_max_problems": COUNT, "sample_every": COUNT, "core_metric_every": COUNT,
-    "core_metric_max_per_task": COUNT, "core_max_per_task": COUNT, "max_problems": COUNT, "save_every": COUNT,
+    "core_metric_max_per_task": COUNT, "core_max_per_task": COUNT, "max_problems": COUNT, "core_items": COUNT,
+    "eval_problems": COUNT, "save_every": COUNT,
     "resume": (0, 1), "step": COUNT, "seed": (0, 2**32 - 1),
     # text, tokenizer, chat, report and benchmarks
     "max_chars": (0, 10**12), "doc_cap": (0, 10**12), "num_chars": (0, 10**12), "encode_chars": (1, 10**12),

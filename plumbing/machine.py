@@ -6,6 +6,7 @@ No other file asks for a device by name, so a stage reads the same on a GPU and 
 import itertools
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -16,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from plumbing import stop
 from plumbing.budget import CPU_BYTES, flops_per_token, peak_flops, usable_bytes
 from plumbing.common import LOCAL_RANK, RANK, WORLD_SIZE, print0, read_json, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PATIENCE = timedelta(minutes=30)  # a rank waits so long for the others, one of which may be downloading
+PATIENCE = timedelta(minutes=10)  # a rank waits so long for the others, of which one may be saving to a slow disk
 TIMED_FLOPS = 1e11             # of a pass that is timed: about a second on two CPU cores
 
 
@@ -67,7 +69,7 @@ def start(device="", dtype="", meta=None):
     dtype  "" means as the model of `meta`, a checkpoint's, was trained where that was on such a device; else
            bfloat16 on NVIDIA GPUs from the A100 on and float32 elsewhere, and choose_numerics may time it on a CPU
     """
-    sys.excepthook = out_of_memory
+    sys.excepthook = in_one_line
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, asked = device or best, dtype
     if kind == "cuda" and best != "cuda":
@@ -202,7 +204,7 @@ def over_ranks(model):
     """
     if WORLD_SIZE == 1:
         return model
-    forward = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def add_up(_, bucket):                                       # torch's own way is the mean
         return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
@@ -222,11 +224,11 @@ def clip(model, loss, grad_clip):
     The gradient scaled down where its norm is above grad_clip (0 = never).
 
     loss     this rank's part of the step's loss, a tensor
-    returns  (loss of the whole step, norm of the gradient before clipping) as floats
+    returns  (loss of the whole step, norm of the gradient before clipping, whether a rank was told to stop)
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf")).item()
-    [loss] = sum_over_ranks([loss.item()], model.device)         # waits for the GPU
-    return loss, norm
+    loss, asked = sum_over_ranks([loss.item(), stop.asked], model.device)    # waits for the GPU
+    return loss, norm, asked > 0
 
 
 def in_halves(function, items):
@@ -240,12 +242,17 @@ def in_halves(function, items):
     return [*in_halves(function, items[:half]), *in_halves(function, items[half:])]
 
 
-def out_of_memory(kind, error, trace):
-    """sys.excepthook: running out of GPU memory is one line, anywhere; all else is shown as ever."""
-    if not issubclass(kind, torch.OutOfMemoryError):
-        return sys.__excepthook__(kind, error, trace)
-    print("out of GPU memory; does another program use this GPU (nvidia-smi)? If not, the same command goes on with half of "
-          "DEVICE_BATCH_SIZE or --device_batch_size (the training stays the same), or with GRADIENT_CHECKPOINTING=1", file=sys.stderr)
+def in_one_line(kind, error, trace):
+    """sys.excepthook: no GPU memory and a rank that is gone are one line, anywhere; all else is shown as ever."""
+    if issubclass(kind, torch.OutOfMemoryError):
+        print("out of GPU memory; does another program use this GPU (nvidia-smi)? If not, the same command goes on with "
+              "half of DEVICE_BATCH_SIZE or --device_batch_size (the training stays the same), or with "
+              "GRADIENT_CHECKPOINTING=1", file=sys.stderr)
+    elif WORLD_SIZE > 1 and (issubclass(kind, dist.DistError) or "gloo" in str(error)):
+        print(f"rank {RANK}: another rank has ended, or did nothing for {PATIENCE}; the same command goes on from the "
+              f"last checkpoint ({str(error).splitlines()[0]:.100})", file=sys.stderr)
+    elif not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
 
 
 def finish():
@@ -253,3 +260,10 @@ def finish():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def leave(step, resume):
+    """The end of a run that was told to stop, after its checkpoint: one line, and the code that a shell expects."""
+    print0(f"stopped at step {step}, saved; the same command{'' if resume else ' with --resume=1'} goes on")
+    finish()
+    raise SystemExit(128 + (stop.asked or signal.SIGTERM))       # another rank was told

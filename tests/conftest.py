@@ -1,6 +1,8 @@
 """Every test sees the project's modules and a base folder of its own."""
 import os
 import runpy
+import signal
+import socket
 import sys
 import tempfile
 
@@ -26,6 +28,14 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="takes long; runs with --full"))
 
 
+@pytest.fixture
+def port():
+    """A TCP port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def run_script(name, *flags):
     """Run a script of ours in this process, as `python name flags` would -> its globals."""
     argv, sys.argv = sys.argv, [name, *flags]
@@ -33,6 +43,7 @@ def run_script(name, *flags):
         return runpy.run_path(os.path.join(ROOT, name), run_name="__main__")
     finally:
         sys.argv = argv
+        signal.signal(signal.SIGINT, signal.default_int_handler)      # Ctrl-C is pytest's again
 
 
 # what may happen to a file: name -> its content after it; None = it is gone

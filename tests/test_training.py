@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -409,14 +408,6 @@ def test_a_divergence_before_the_first_checkpoint_does_not_speak_of_one(tmp_path
     for loss, norm in ((float("nan"), 1.0), (1.0, float("inf"))):
         with pytest.raises(SystemExit, match="step 3, rows 24 to 31 of the data.*no checkpoint is there yet: begin anew"):
             require_finite(tmp_path, 3, 8, loss, norm)
-
-
-@pytest.fixture
-def port():
-    """A TCP port that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_the_launcher_hands_every_flag_on(tmp_path, port):

@@ -1,0 +1,128 @@
+"""
+How a run ends before its end: it is told to stop, its output goes away, or another run is at work in its folder.
+
+in    SIGINT (Ctrl-C), SIGTERM (kill, or the notice of a rented machine), SIGHUP (a closed terminal)
+out   outside the loop of a stage the script ends where it is; inside, the step is finished and saved first
+"""
+import atexit
+import contextlib
+import errno
+import fcntl
+import io
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+from plumbing.common import RANK, WORLD_SIZE
+
+AGAIN = 1.0          # seconds; a terminal tells the driver and the stage, which hears of it twice
+asked = 0            # the signal that has told this process to stop; 0 = none
+asked_at = 0.0
+at_the_latest = None  # ends a script that was told to stop and goes on
+in_loop = False      # whether a signal only asks: the loop of the stage looks after each step
+
+
+class Stopped(SystemExit):
+    """Raised by a signal outside the loop, wherever the script stands; its code is what a shell expects."""
+
+
+def listen():
+    """From now on a signal ends this script in one line, and a closed pipe (`| head`) in none."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:           # by nohup, or for what a shell runs in the background
+            signal.signal(number, told)
+    watch_output(lambda: told(signal.SIGPIPE, None))
+
+
+def watch_output(gone=lambda: None):
+    """What is printed to a closed pipe or terminal is dropped; gone is called when that is noticed."""
+    class Output(io.FileIO):
+        def write(self, data):
+            try:
+                return super().write(data)
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.EIO):
+                    raise
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+                gone()
+                return len(data)
+
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream and stream is getattr(sys, f"__{name}__"):     # else a test has put another in its place
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(Output(fd, "w", closefd=False)), stream.encoding,
+                                                stream.errors, line_buffering=True))
+            atexit.register(getattr(sys, name).flush)
+
+
+def told(number, _):
+    """A signal: the first one asks or ends the script, another one leaves at once."""
+    global asked, asked_at, at_the_latest
+    pipe = number == signal.SIGPIPE
+    if asked and (pipe or time.monotonic() - asked_at < AGAIN):
+        return
+    if asked:
+        os._exit(128 + number)
+    asked, asked_at = number, time.monotonic()
+    if RANK == 0 and not pipe:
+        print("stopping after this step; once more to leave at once" if in_loop else "stopped", file=sys.stderr)
+    if not in_loop:
+        at_the_latest = threading.Timer(3, os._exit, [128 + number])     # a library may swallow the exception
+        at_the_latest.daemon = True
+        at_the_latest.start()
+        raise Stopped(128 + number)
+
+
+def finish_steps():
+    """The loop begins: from now on a signal waits for the end of the step."""
+    global in_loop
+    in_loop = True
+
+
+@contextlib.contextmanager
+def cut_short():
+    """Around an evaluation that takes minutes: a signal ends it, and then the step after it is finished and saved."""
+    global in_loop
+    in_loop = WORLD_SIZE > 1                                     # several ranks can't leave it each at another moment
+    try:
+        yield
+    except Stopped:
+        at_the_latest.cancel()
+    finally:
+        in_loop = True
+
+
+def ctrl_c_is_mine():
+    """For a script with a use of its own for Ctrl-C: it is a KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is told:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def only_one(path, file=None, pid=None):
+    """
+    Lock `path` until this process ends, however it ends: the lock is the system's, the file only says whose it is.
+
+    file  path, opened already: the lock belongs to all who have it open, like the driver with this pid
+    raises  SystemExit, naming the process that has the lock; where the file system has no locks, that is only said
+    """
+    if RANK != 0:
+        return None
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        file = file or open(path, "a+", encoding="utf-8")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.seek(0)
+        file.truncate()
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {pid or os.getpid()} on {socket.gethostname()}, since {since},")
+        file.flush()
+    except BlockingIOError:
+        file.seek(0)
+        raise SystemExit(f"{path.removesuffix('.lock')}: {file.read() or 'another process'} is at work here; wait until "
+                         "it ends, or stop it") from None
+    except OSError as error:
+        print(f"{path}: there is no lock to be had ({error.strerror}): start no second run here", file=sys.stderr)
+    return file                                                  # to be kept: closed, it is free
