@@ -140,7 +140,7 @@ for step in range(start_step, total_steps + 1):
         leave(step, resume)
     if due(step, sample_every, last):
         metrics.print_samples(model, tokenizer)
-    if core_metric_every and due(step, core_metric_every, last):
+    if core_metric_every and due(step, core_metric_every, last) and not stop.is_near():
         with stop.cut_short():                                  # minutes, which a signal need not wait for
             _, core_score = core.evaluate_core(model, tokenizer, core_metric_max_per_task)
             print0(f"step {step:5d}/{total_steps} | CORE {core_score:.4f}")

@@ -139,7 +139,7 @@ for step in range(start_step, total_steps + 1):
             peak_memory=machine.peak_memory()))
     if stopping:
         leave(step, resume)
-    if eval_metrics_every and due(step, eval_metrics_every, last):
+    if eval_metrics_every and due(step, eval_metrics_every, last) and not stop.is_near():
         with stop.cut_short():                                  # minutes, which a signal need not wait for
             for name, task in tests.items():
                 right, total = metrics.evaluate_task(Engine(model, tokenizer), task, is_right,

@@ -152,10 +152,13 @@ def first_damaged(folder, meta, step, to_train):
         return path_of(folder, "meta", step)
     ranks = range(meta["world_size"]) if to_train and not is_finished(meta) else []
     for path in [path_of(folder, "model", step), *(path_of(folder, "optim", step, rank) for rank in ranks)]:
-        with contextlib.suppress(OSError):
-            if fingerprint(path) == meta["files"].get(os.path.basename(path)):
-                continue
-        return path
+        try:
+            if fingerprint(path) != meta["files"].get(os.path.basename(path)):
+                return path
+        except FileNotFoundError:
+            return path
+        except OSError as error:                                 # says nothing about what is in it
+            raise SystemExit(f"{path}: can't be read ({error.strerror}); run again when it can be") from None
     return ""
 
 
@@ -163,7 +166,8 @@ def rename_damaged(folder, step):
     """Set the files of a step aside, its meta first: without it they are no checkpoint."""
     for name in sorted(os.listdir(folder)):
         if re.fullmatch(rf"(meta|model|optim)_{step:06d}(_rank\d+)?\.(json|pt)", name):
-            os.replace(os.path.join(folder, name), os.path.join(folder, f"{name}.damaged"))
+            with contextlib.suppress(OSError):                   # where nothing can be written, it is passed over anyway
+                os.replace(os.path.join(folder, name), os.path.join(folder, f"{name}.damaged"))
 
 
 def is_finished(meta):
@@ -189,6 +193,8 @@ def checkpoint_to_resume(stage, folder, config, resume, source=None):
     if not steps:
         return None
     meta = whole_checkpoint(folder, to_train=True) if resume else read_meta(folder)
+    if resume and not meta:                                      # rank 0 has just said why, and set the files aside
+        return None
     anew = f"to train it again, first: {set_aside(folder, meta)}"
     came_from = [source["tag"] for source in sources(meta) if "tag" in source]
     drivers = f"BASE_TAG={came_from[-1]} MODEL_TAG=NEW" if came_from else "MODEL_TAG=NEW"

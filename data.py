@@ -131,6 +131,12 @@ def is_whole(path):
     return False
 
 
+def version(path):
+    """What changes when a token file and its sums are written; None while one is missing."""
+    with contextlib.suppress(FileNotFoundError):
+        return [(s.st_mtime_ns, s.st_ino) for s in (os.stat(path), os.stat(f"{path}.json"))]
+
+
 def write_sums(path, *parts):
     """Write size and sha256 of a token file's parts, which are open still but complete: their names come after this."""
     for f in parts:
@@ -320,8 +326,11 @@ class TokenStream:
 
     def open_next(self):
         """Wait for the next file to be there and whole, saying so once, and map it."""
-        path, said = self.paths[len(self.files)], False
-        while not is_whole(path):                 # read through once per start, at the speed of the disk
+        path, said, looked_at = self.paths[len(self.files)], False, None
+        while True:
+            if (here := version(path)) != looked_at and is_whole(path):     # read through once per start, and when it has changed
+                break
+            looked_at = here
             coming = self.still_coming is not None and self.still_coming()
             if not coming and not is_whole(path):
                 raise SystemExit(f"{path}: not here or damaged, and nothing makes it; run the stage again")

@@ -288,12 +288,13 @@ class Engine:
         """
         if not prompts:
             return []
+        rows = min(batch_size, len(prompts))
         try:
-            return self.write(prompts, max_tokens, temperature, top_k, seed, batch_size)
+            return self.write(prompts, max_tokens, temperature, top_k, seed, rows)
         except torch.OutOfMemoryError:
-            if batch_size == 1:
+            if rows == 1:
                 raise
-        return self.generate_batch(prompts, max_tokens, temperature, top_k, seed, min(batch_size, len(prompts)) // 2)
+        return self.generate_batch(prompts, max_tokens, temperature, top_k, seed, rows // 2)
 
     def write(self, prompts, max_tokens, temperature, top_k, seed, batch_size):
         """generate_batch with just so many rows."""

@@ -241,7 +241,7 @@ class GPT(nn.Module):
 
         returns  their losses in nats, (n,) float32, and the likeliest token in the place of each, (n,) int64
         """
-        fast = kv_cache is None and idx.shape in self.compiled_shapes
+        fast = self.compiled_parts and kv_cache is None and idx.shape in self.compiled_shapes
         trunk, _, chunk = self.compiled_parts if fast else (self.trunk, None, score_chunk)
         x, y = trunk(idx, kv_cache).flatten(0, 1), targets.flatten()
         if not fast:                                                       # then shapes may differ from batch to batch

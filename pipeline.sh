@@ -12,6 +12,7 @@ for name in $VARIABLES; do
 done
 echo
 
+case "${NPROC:-1}${NNODES:-1}${NODE_RANK:-0}" in *[!0-9]*) echo "NPROC, NNODES and NODE_RANK must be whole numbers" >&2; exit 1 ;; esac
 case "${NNODES:-1}:${MASTER_ADDR:-}" in 1:*|*:?*) ;; *) echo "NNODES=$NNODES: MASTER_ADDR must name the first machine, NODE_RANK say which this one is (0, 1, ...)" >&2; exit 1 ;; esac
 configuration                         # the driver's table: the values of $CONFIG
 # DEPTH                                 layers; the one dial of model size
@@ -43,7 +44,7 @@ export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
 # what plan.py needs to know; with PLAN=flags it asks for them itself, for each row of the drivers' tables
 plan_flags=(--depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$TOTAL_BATCH_SIZE" --vocab_size="$VOCAB_SIZE"
     --num_iterations="$BASE_ITERATIONS" --mid_iterations="$MID_ITERATIONS" --sft_iterations="$SFT_ITERATIONS"
-    --num_shards="$DATA_SHARDS" --num_processes="$((NPROC * NNODES))" --gradient_checkpointing="$GRADIENT_CHECKPOINTING"
+    --num_shards="$DATA_SHARDS" --num_processes="$((10#$NPROC * 10#$NNODES))" --gradient_checkpointing="$GRADIENT_CHECKPOINTING"
     --device_batch_size="$DEVICE_BATCH_SIZE" --sft_batch_size="${SFT_BATCH_SIZE:-4}" --core_metric_every="$CORE_METRIC_EVERY"
     --core_items="$CORE_ITEMS" --eval_problems="$EVAL_PROBLEMS")
 if [ "$CONFIG" = tiny ]; then plan_flags+=(--tiny=1 --head_dim="$(of base head_dim)" --sft_batch_size="${SFT_BATCH_SIZE:-0}"); fi
@@ -51,19 +52,21 @@ plan() { "$1" plan.py "${plan_flags[@]}" --known="$VARIABLES" --given="$(compgen
 # a CPU thread that has nothing to do looks for work some microseconds long, then sleeps: sleeping at once makes a step
 # 1.4 times slower on a quiet machine; for a busy one plumbing/machine.py finds by timing that one thread is faster than two
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} PYTHONUNBUFFERED=1
+# s: torchrun's patience with ranks that finish a step and save; torch 2.11 knows only its own 30
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 
 # Ctrl-C, kill and a closed terminal: what runs is told to save and end, a second time it has to; the code is a shell's for the signal
 child= downloads= told= told_at=0
 tell() {
     if [ -n "$told" ] && [ $((SECONDS - told_at)) -lt 2 ]; then return; fi      # the same signal, by another way
-    if [ -n "$told" ]; then kill -KILL $(pgrep -P "$child") "$child" 2>/dev/null || true; fi      # torchrun's ranks, too
+    if [ -n "$told" ]; then kill -KILL $(ps -o pid= --ppid "$child" 2>/dev/null) "$child" 2>/dev/null || true; fi      # torchrun's ranks, too
     told=$1 told_at=$SECONDS
     if [ -z "$child" ]; then exit "$told"; fi
     kill -TERM "$child" 2>/dev/null || true
 }
 ended() {
     local code=${told:-$1}
-    if [ -n "$downloads" ]; then kill "$downloads" 2>/dev/null || true; fi
+    kill $(jobs -p) 2>/dev/null || true
     if [ "$code" -ge 128 ] && [ "$code" != 141 ]; then echo "pipeline: ended with code $code; the same command goes on" >&2 || true; fi
     exit "$code"                                                  # 141: whoever read this has gone
 }
@@ -88,7 +91,8 @@ if [ "$CONFIG" != tiny ] && nvidia-smi >/dev/null 2>&1 && ! python -c 'import sy
 fi
 # one driver in a folder: the lock belongs to this shell, and is free when it ends, however it ends
 if [ "$NODE_RANK" = 0 ]; then
-    mkdir -p "$NANOCHAT_BASE_DIR"
+    { mkdir -p "$NANOCHAT_BASE_DIR" && [ -w "$NANOCHAT_BASE_DIR" ]; } 2>/dev/null ||
+        { echo "NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR: can't be written; name a folder that can" >&2; exit 1; }
     exec 9<>"$NANOCHAT_BASE_DIR/.lock"
     python -c 'import sys; from plumbing.stop import only_one; only_one(sys.argv[1], open(9, "r+"), sys.argv[2])' "$NANOCHAT_BASE_DIR/.lock" $$
 fi

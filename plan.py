@@ -85,9 +85,10 @@ def gpu_here():
     try:
         lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
         name, megabytes = lines[0].split(", ")
+        megabytes = int(megabytes) if megabytes.isdigit() else 0     # a board that shares the computer's memory names none
     except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
         return "", 0
-    return name, int(megabytes) * 2 ** 20
+    return name, (megabytes * 2 ** 20 or card_bytes(name))
 
 
 def configurations():
@@ -194,7 +195,9 @@ def show_choices(speed, gpu_bytes):
     """Which rows of the drivers' tables would fit into some hours, at the speed of the model that was planned."""
     hours = {}
     for name, flags in configurations().items():
-        k = SimpleNamespace(**configure(dict(config), flags, show=False) | dict(num_processes=num_processes))
+        k = SimpleNamespace(**configure(dict(config, __file__=__file__), flags, show=False) | dict(num_processes=num_processes))
+        if rows_per_step(k.total_batch_size, k.max_seq_len) < num_processes:
+            continue
         took, (B, need) = sum(map(sum, seconds(k, speed).values())) / 3600, memory_of(k, gpu_bytes)
         fits = not gpu_bytes or need < gpu_bytes
         hours[name] = took if fits else math.inf
@@ -226,14 +229,13 @@ if measure and not gpu and (here or tiny):
         from bench.steps import measure as measured
         if here and not torch.cuda.is_available():
             raise OSError("there is a GPU, but this torch can't use it")
-    except Exception as error:                       # no torch yet, another than ours, or a broken one
-        print(f"  not measured: {(str(error) or repr(error)).splitlines()[0]:.80}")
-    else:
         print("timing real steps of every stage ...", flush=True)
         share = -(-rows_per_step(total_batch_size, max_seq_len) // num_processes)
         batch, sft_batch = (share, device_batch_size), (-(-32 // num_processes), sft_batch_size)
         speed, B, need = measured(vars(model_of(k)), batch, sft_batch, data_of(k), gradient_checkpointing)
         where = "measured" + (f" on one, reckoned for {num_processes}" if num_processes > 1 else "")
+    except Exception as error:                       # no torch yet, another than ours, or a broken one
+        print(f"  not measured: {(str(error) or repr(error)).splitlines()[0]:.80}")
 if not speed and peak_flops(card):
     speed, mfu = predicted(card)
     gpu_bytes = gpu_bytes if card == here else card_bytes(card)

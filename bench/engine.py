@@ -110,6 +110,8 @@ def written(model, requests, slots):
     return time.perf_counter() - clock
 
 
+if min(map(int, contexts.split(","))) < new_tokens + 2:
+    raise SystemExit(f"contexts={contexts}: each must hold a prompt and the {new_tokens + 1} new tokens")
 machine = start(device, dtype)
 print(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads, vocabulary {vocab_size:,}; tokens per second")
 ways = dict(ours=ours, growing=growing, **({"no cache": uncached} if no_cache else {}))

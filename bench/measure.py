@@ -90,6 +90,7 @@ def measure_fit():
         return speed
 
     fit.attempt = watched
+    fit.write_json = lambda path, content: None                  # nor is it kept
     fit.read_json = lambda path: {}                              # the search is what is measured, not what it left
     clock = time.perf_counter()
     B, _ = fit.fit_micro_batch(machine, model, optimizers, rows, 0, None)

@@ -273,7 +273,7 @@ def print_table(results):
         if ("ours", mode) in of and ("reference", mode) in of:
             ours, plain = of["ours", mode], of["reference", mode]
             speed = ours["tokens_per_second"] / plain["tokens_per_second"]
-            memory = ours["peak_bytes"] / plain["peak_bytes"]
+            memory = ours["peak_bytes"] / max(1, plain["peak_bytes"])
             print(f"{'ours / original, ' + mode:<26}{speed:>8.2f}x{'':>34}{memory:>8.2f}x")
     print(f"\n{'ms of a step':<26}" + "".join(f"{part:>19}" for part in PARTS) + f"{'in all':>10}")
     for row in of.values():

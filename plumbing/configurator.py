@@ -99,7 +99,8 @@ def configure(scope, argv=None, show=True):
             raise SystemExit(f"{script}: {origin}{name}={as_typed}: {problem}" + (meaning and f" ({meaning})"))
     up, down = (knobs.get(name, 0) for name in ("warmup_ratio", "warmdown_ratio"))
     if up + down > 1 + 1e-9:                         # not a hair above: 0.7 + 0.3 is right
-        raise SystemExit(f"{script}: warmup_ratio={up}, warmdown_ratio={down}: shares of one run, together at most 1")
+        raise SystemExit(f"{script}: warmup_ratio={up}, warmdown_ratio={down}: shares of one run, together at most 1; "
+                         f"with this warm-up --warmdown_ratio={1 - up:g} fits")
     for name, origin in came_from.items() if show else ():
         print0(f"  {name} = {knobs[name]!r}   ({origin})")
     scope.update(knobs)

@@ -86,6 +86,8 @@ def locked(part):
         except BlockingIOError:
             print(f"{part}: another process is fetching it; waiting for that one", flush=True)
             fcntl.flock(f, fcntl.LOCK_EX)  # the kernel takes the lock back when a process dies
+        except OSError:
+            pass                           # a file system without locks
         # The one we waited for may have renamed its file: then ours is the finished one, and
         # writing to it would spoil it. Open again until the name and the lock belong together.
         with contextlib.suppress(FileNotFoundError):

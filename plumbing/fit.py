@@ -35,14 +35,22 @@ def fit_micro_batch(machine, model, optimizers, rows, asked, meta):
         return micro_batch(rows, WORLD_SIZE, asked, machine.free_bytes, config, machine.dtype.itemsize,
                            model.gradient_checkpointing)
 
+    fitting, step = guess(), meta.get("step", 0) if meta else 0      # refuses more ranks than rows
+    low, high = smallest_over_ranks([step, -step], machine.device)
+    if low != -high:
+        raise SystemExit(f"the ranks find checkpoints of steps {low} to {-high}: do all of them see the same folder? Run again")
     if machine.device.type != "cuda":
-        return guess(), over_ranks(model)
+        return fitting, over_ranks(model)
     path, key = base_path("fit.json"), f"{machine.name}, {machine.free_bytes / 1e9:.0f} GB free, {machine.dtype_name}, " \
         f"torch {torch.__version__}, {config}, {share} rows, checkpointing {model.gradient_checkpointing}"
     known = read_json(path)
-    settled = asked or known.get(key, 0)                         # tried all the same: it may not fit any more
+    before, saving = known.get(key, (0, False))
+    model.gradient_checkpointing |= saving
+    settled, last = asked or before, 0                           # tried all the same: it may not fit any more
 
     def tried(B):
+        nonlocal last
+        last = B
         try:
             return attempt(machine, model, optimizers, B)
         except Exception as error:                               # no compiler, no Python.h, a bug in torch: of all kinds
@@ -53,7 +61,7 @@ def fit_micro_batch(machine, model, optimizers, rows, asked, meta):
         print0(f"torch.compile fails here, goes on without, more slowly: {reason:.200}")
         return attempt(machine, model, optimizers, B)
 
-    first, most = smallest_over_ranks([settled or guess(), 0 if settled else MICRO_TOKENS // T], machine.device)
+    first, most = smallest_over_ranks([settled or fitting, 0 if settled else MICRO_TOKENS // T], machine.device)
     B, speed = largest_that_runs(share, first, most, tried)
     if not B and not model.gradient_checkpointing:
         print0("not one row fits: gradient checkpointing goes on, which is slower")
@@ -63,11 +71,13 @@ def fit_micro_batch(machine, model, optimizers, rows, asked, meta):
     if not B:
         raise SystemExit(f"{machine.name}: not even one row of {T:,} tokens fits into its memory; take a shorter MAX_SEQ_LEN or "
                          f"--max_seq_len, or DEPTH={largest_depth(machine.free_bytes, config, machine.dtype.itemsize)} or less")
+    if B != last:
+        tried(B)                                                 # compiled anew: the larger one has taken its place
     if settled and B < even_batch(share, settled):
         print0(f"{settled} rows at a time do not fit here, {B} do: the same training but for rounding")
     print0(f"micro-batch: {B} rows, {speed:,.0f} tokens/s, {machine.peak_memory() / 1e9:.1f} GB")
     if RANK == 0 and not asked:
-        write_json(path, {**known, key: B})
+        write_json(path, {**known, key: [B, model.gradient_checkpointing]})
     torch.cuda.reset_peak_memory_stats()
     return B, over_ranks(model)
 
@@ -105,16 +115,19 @@ def attempt(machine, model, optimizers, B):
     failed, seconds = 0, 1.0
     if machine.device.type == "cuda":
         torch._dynamo.reset()                                    # else it gives up compiling after eight sizes
-        torch.cuda.set_per_process_memory_fraction(1 - RESERVE)
+        free, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction((1 - RESERVE) * (torch.cuda.memory_reserved() + free) / total)
         torch.cuda.reset_peak_memory_stats()
+    buckets = []                                                 # in which the gradients of several ranks are added up
     try:
         for turn in range(4):
             machine.synchronize()
             clock = time.perf_counter()
             try:
+                buckets = buckets or [torch.empty_like(p) for p in model.parameters() if WORLD_SIZE > 1]
                 model(idx, idx).backward()                       # added to what the turn before left, as in a step
-            except torch.OutOfMemoryError:
-                failed = 1
+            except RuntimeError as error:
+                failed = no_memory(error)
             machine.synchronize()
             seconds = time.perf_counter() - clock
             [failures] = sum_over_ranks([failed], machine.device)
@@ -126,8 +139,8 @@ def attempt(machine, model, optimizers, B):
                         group["lr"] = 0.0
                     optimizer.step()
         model.score(idx, idx)
-    except torch.OutOfMemoryError:
-        failed = 1
+    except RuntimeError as error:
+        failed = no_memory(error)
     finally:
         model.zero_grad(set_to_none=True)
         for optimizer, before in zip(optimizers, rates):
@@ -139,3 +152,10 @@ def attempt(machine, model, optimizers, B):
             torch.cuda.empty_cache()                             # the next size needs other blocks
     failures, seconds = sum_over_ranks([failed, seconds], machine.device)
     return 0.0 if failures else B * T * WORLD_SIZE / (seconds / WORLD_SIZE)
+
+
+def no_memory(error):
+    """1 where an error says that the memory of a GPU does not suffice; any other is raised again."""
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
+        return 1
+    raise error

@@ -10,7 +10,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
-logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+logging.disable(logging.ERROR)
 
 try:
     main()

@@ -44,6 +44,8 @@ class Machine:
         """Wait for the device, so that a clock read now is honest."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
     def peak_memory(self):
         """Most bytes held so far: of GPU memory, or of this process on a CPU."""

@@ -21,8 +21,8 @@ from plumbing.common import RANK, WORLD_SIZE
 AGAIN = 1.0          # seconds; a terminal tells the driver and the stage, which hears of it twice
 asked = 0            # the signal that has told this process to stop; 0 = none
 asked_at = 0.0
-at_the_latest = None  # ends a script that was told to stop and goes on
 in_loop = False      # whether a signal only asks: the loop of the stage looks after each step
+cutting = False      # whether an evaluation is under way that a signal cuts short
 
 
 class Stopped(SystemExit):
@@ -60,19 +60,22 @@ def watch_output(gone=lambda: None):
 
 def told(number, _):
     """A signal: the first one asks or ends the script, another one leaves at once."""
-    global asked, asked_at, at_the_latest
+    global asked, asked_at
     pipe = number == signal.SIGPIPE
     if asked and (pipe or time.monotonic() - asked_at < AGAIN):
         return
     if asked:
         os._exit(128 + number)
     asked, asked_at = number, time.monotonic()
-    if RANK == 0 and not pipe:
-        print("stopping after this step; once more to leave at once" if in_loop else "stopped", file=sys.stderr)
+    if RANK == 0 and not pipe:                                   # not by print, which may be what was interrupted
+        line = "stopping after this step; once more to leave at once" if in_loop or cutting else "stopped"
+        with contextlib.suppress(OSError):
+            os.write(2, f"{line}\n".encode())
     if not in_loop:
-        at_the_latest = threading.Timer(3, os._exit, [128 + number])     # a library may swallow the exception
-        at_the_latest.daemon = True
-        at_the_latest.start()
+        if not cutting:
+            at_the_latest = threading.Timer(3, os._exit, [128 + number])     # a library may swallow the exception
+            at_the_latest.daemon = True
+            at_the_latest.start()
         raise Stopped(128 + number)
 
 
@@ -85,14 +88,19 @@ def finish_steps():
 @contextlib.contextmanager
 def cut_short():
     """Around an evaluation that takes minutes: a signal ends it, and then the step after it is finished and saved."""
-    global in_loop
-    in_loop = WORLD_SIZE > 1                                     # several ranks can't leave it each at another moment
+    global in_loop, cutting
+    in_loop, cutting = WORLD_SIZE > 1, True                      # several ranks can't leave it each at another moment
     try:
         yield
     except Stopped:
-        at_the_latest.cancel()
+        pass
     finally:
-        in_loop = True
+        in_loop, cutting = True, False
+
+
+def is_near():
+    """Whether a signal has come already, as far as a process that is alone can tell: then nothing long is begun."""
+    return asked and WORLD_SIZE == 1
 
 
 def ctrl_c_is_mine():

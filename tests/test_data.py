@@ -676,14 +676,14 @@ def test_a_cache_older_than_its_shard_is_made_anew(folder):
     assert np.fromfile(out, np.uint16).tolist() == [BYTES.bos, ord("b")]
 
 
-def flip(content):
+def flipped(content):
     return content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
 
 
 FOREIGN = np.array([BYTES.vocab_size], np.uint16).tobytes()
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 4 * 2], lambda b: b"", flip, lambda b: b + b"x", lambda b: FOREIGN + b[2:]])
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 4 * 2], lambda b: b"", flipped, lambda b: b + b"x", lambda b: FOREIGN + b[2:]])
 def test_a_damaged_token_file_is_made_again(folder, capsys, damage):
     shard = put_shard(0, ["some text", "and more"])
     path = data.tokenize_shard(shard, BYTES)
@@ -695,7 +695,7 @@ def test_a_damaged_token_file_is_made_again(folder, capsys, damage):
     data.make_token_files([shard], BYTES)
     assert content(path) == good and TokenStream([path]).num_tokens == len(good) // 2
     assert capsys.readouterr().out.count("so it is made again") == 1
-    if damage is flip:
+    if damage is flipped:
         return
     with open(path, "wb") as f:                          # and where no sums are, as in older versions
         f.write(damage(good) if damage(good) != good[:len(good) // 4 * 2] else b"")
@@ -725,7 +725,7 @@ def test_a_damaged_file_of_conversations_is_made_again(folder, name):
     jobs.append(([path], rows))
     data.make_conversation_files(jobs, BYTES)
     good = content(folder / name)
-    for damage in (good[:-2], b"", flip(good), None):
+    for damage in (good[:-2], b"", flipped(good), None):
         if damage is None:
             os.remove(folder / name)
         else:

@@ -222,6 +222,9 @@ def test_memory_that_runs_out_takes_fewer_rows(monkeypatch):
     expected = engine.generate_batch(prompts, max_tokens=5)
     monkeypatch.setattr(KVCache, "__init__", limited)
     assert engine.generate_batch(prompts, max_tokens=5) == expected and rows[:2] == [5, 2]
+    monkeypatch.setattr(KVCache, "__init__", lambda *args: limited(args[0], args[1], 3, args[3]))
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.generate_batch(prompts[:1])
 
 
 def test_generation_ends_where_the_context_does():

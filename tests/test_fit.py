@@ -9,6 +9,7 @@ from muon import build_optimizers
 from plumbing import fit, machine
 from plumbing.budget import row_bytes, state_bytes
 
+REAL_ATTEMPT = fit.attempt
 CONFIG = GPTConfig(sequence_len=64, vocab_size=270, n_layer=1, n_head=2, n_kv_head=2, n_embd=64)
 
 
@@ -102,3 +103,15 @@ def test_what_does_not_compile_is_one_line_and_goes_on(gpu, capsys):
     B, forward, model = fitted(gpu, compiled_parts=(None, None, None))
     assert B == 48 and forward is model and model.compiled_parts is None
     assert "torch.compile fails here" in (out := capsys.readouterr().out) and out.count("\n") == 3
+
+
+def test_a_model_that_does_not_compile_is_tried_and_trained_without(gpu, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no compiler here")
+
+    cpu, model = machine.start("cpu"), GPT(CONFIG)
+    model.compiled_parts = broken, broken, broken
+    with pytest.raises(RuntimeError, match="no compiler"):
+        REAL_ATTEMPT(cpu, model, [], 2)
+    model.compiled_parts = None
+    assert REAL_ATTEMPT(cpu, model, [], 2) > 0

@@ -72,3 +72,10 @@ def test_real_steps_are_timed_and_nothing_is_written(plan, monkeypatch):
     assert B == 8 and memory > 1e7
     assert all(speed[name] > 0 for name in ("base", "mid", "sft", "score", "answer", "start"))
     assert before == (os.listdir(base_path()) if os.path.isdir(base_path()) else [])
+
+
+def test_what_fits_into_a_night_is_said(capsys):
+    run_script("plan.py", "--gpu=H100", "--num_processes=16")
+    said = capsys.readouterr().out
+    assert "PREDICTED for 16 x H100" in said and "CONFIG=maximum" in said and "CONFIG=tiny" not in said   # 8 rows a step
+    assert said.splitlines()[-1].startswith("  in 24 h: ")
