@@ -6,6 +6,7 @@ No other file asks for a device by name, so a stage reads the same on a GPU and 
 import itertools
 import os
 import platform
+import re
 import signal
 import statistics
 import sys
@@ -250,7 +251,7 @@ def in_one_line(kind, error, trace):
         print("out of GPU memory; does another program use this GPU (nvidia-smi)? If not, the same command goes on with "
               "half of DEVICE_BATCH_SIZE or --device_batch_size (the training stays the same), or with "
               "GRADIENT_CHECKPOINTING=1", file=sys.stderr)
-    elif WORLD_SIZE > 1 and (issubclass(kind, dist.DistError) or "gloo" in str(error)):
+    elif WORLD_SIZE > 1 and (issubclass(kind, dist.DistError) or re.search("gloo|NCCL|peer|[Cc]onnection|[Tt]imed out", str(error))):
         print(f"rank {RANK}: another rank has ended, or did nothing for {PATIENCE}; the same command goes on from the "
               f"last checkpoint ({str(error).splitlines()[0]:.100})", file=sys.stderr)
     elif not issubclass(kind, KeyboardInterrupt):
