@@ -13,8 +13,9 @@ import contextlib
 import random
 import sys
 
+from chat import TextStream, printable
 from checkpoint import FOLDERS, find_checkpoint, load_model, tags_of
-from engine import Engine, TextStream, printable
+from engine import Engine
 from plumbing import stop
 from plumbing.common import base_path
 from plumbing.configurator import configure

@@ -19,7 +19,7 @@ import subprocess
 from urllib.parse import quote
 
 from checkpoint import FOLDERS, SCRIPTS, is_finished
-from engine import printable
+from chat import printable
 from evals.curves import at_end, draw, series
 from evals.metrics import GUESSING, centered
 from evals.results import TITLES, find_tag, read_run

@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from engine import Engine, printable, text_of
+from chat import printable, text_of
+from engine import Engine
 from plumbing.common import RANK, WORLD_SIZE, print0
 from plumbing.machine import in_halves, sum_over_ranks, to_device
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import Batch, Engine, KVCache, Reply, TextStream, draw, printable, text_of
+from chat import TextStream, printable, text_of
+from engine import Batch, Engine, KVCache, Reply, draw
 from model import GPT, GPTConfig
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
