@@ -87,6 +87,7 @@ class Reply:
     temperature  0 = always the likeliest token; 1 = as the model has it; more = wilder
     top_k        only so many of the likeliest tokens can be drawn; 0 = all
     top_p        only the likeliest tokens that together have this probability can be drawn; 1 = all
+    likeliest    so many of the tokens that could have come are noted, with what the model gave each; 0 = none
 
     The model writes <|python_start|> expression <|python_end|>; then the result is put in as
     <|output_start|> result <|output_end|>, and the model goes on as if it had written that.
@@ -98,6 +99,8 @@ class Reply:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    likeliest: int = 0
+    noted: tuple | None = None                                 # of the last token: its log-probability, [(id, that), ...]
     generator: torch.Generator | None = None                   # of its own random numbers, made when it joins
     forced: deque = field(default_factory=deque)               # the calculator's answer, still to be put in
     call: list | None = None   # tokens of the open expression; None outside of one
@@ -125,6 +128,13 @@ class Reply:
         elif self.call is not None:
             self.call.append(drawn)
         return drawn, True
+
+
+def likeliest(logits, count, token):
+    """Of one row of logits (V,): the log-probability of token, and the count likeliest as (id, log-probability)."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    values, ids = logprobs.topk(min(count, logprobs.numel()))
+    return logprobs[token].item(), list(zip(ids.tolist(), values.tolist()))
 
 
 def draw(logits, replies):
@@ -188,6 +198,9 @@ class Batch:
         drawn = draw(self.logits, self.rows) if self.rows else []
         settled = [(reply, *reply.take(token)) for reply, token in zip(self.rows, drawn) if reply.left]
         following = {reply: token for reply, token, _ in settled}
+        for row, reply in enumerate(self.rows):
+            if reply.likeliest and reply in following:
+                reply.noted = likeliest(self.logits[row], reply.likeliest, following[reply])
         for row in reversed(range(len(self.rows))):            # the last token of a text is never looked up
             reply = self.rows[row]
             if reply.left == 0 or self.cache.lengths[row] + 1 >= self.cache.kv.size(4):
