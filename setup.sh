@@ -28,7 +28,7 @@ if [ "$(cat .venv/stamp 2>/dev/null)" != "$stamp" ] || ! .venv/bin/python -c "" 
         fi
         install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
     fi
-    install -e '.[test,plot]' || stop "the packages could not be installed (no network, or no room on the disk? see above)"
+    install -e '.[test,plot,web]' || stop "the packages could not be installed (no network, or no room on the disk? see above)"
     if ! command -v cargo >/dev/null; then
         echo "setup: no Rust here, so the build fetches one of its own, which stays out of your system"
     elif ! cargo --version >/dev/null 2>&1; then
