@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import statistics
+import threading
 import tokenize
 from collections import deque
 from dataclasses import dataclass
@@ -290,7 +291,8 @@ class Progress:
     def watch(self, step, loss, step_seconds):
         """Say, each once, what a person at the screen would notice: a full disk, a loss that jumps, a slow step."""
         remarks, folder = {}, self.log.folder
-        if os.path.isdir(folder) and (free := shutil.disk_usage(folder).free) < self.checkpoint_bytes:
+        saving = any(thread.name == "checkpoint" for thread in threading.enumerate())     # then the oldest will go
+        if not saving and os.path.isdir(folder) and (free := shutil.disk_usage(folder).free) < self.checkpoint_bytes:
             remarks["disk"] = (f"{free / 1e6:,.0f} MB are free in {folder}, the next checkpoint needs about "
                                f"{self.checkpoint_bytes / 1e6:,.0f} MB: make room, or it can't be saved")
         if len(self.recent) >= 20:

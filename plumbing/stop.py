@@ -71,7 +71,7 @@ def told(number, _):
         line = "stopping after this step; once more to leave at once" if in_loop or cutting else "stopped"
         with contextlib.suppress(OSError):
             os.write(2, f"{line}\n".encode())
-    if not in_loop:
+    if not in_loop and threading.current_thread() is threading.main_thread():      # another one has met a closed pipe
         if not cutting:
             at_the_latest = threading.Timer(3, os._exit, [128 + number])     # a library may swallow the exception
             at_the_latest.daemon = True
