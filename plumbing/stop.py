@@ -53,8 +53,9 @@ def watch_output(gone=lambda: None):
     for name, fd in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream and stream is getattr(sys, f"__{name}__"):     # else a test has put another in its place
+            errors = stream.errors.replace("strict", "backslashreplace")     # no letter that a terminal lacks ends a run
             setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(Output(fd, "w", closefd=False)), stream.encoding,
-                                                stream.errors, line_buffering=True))
+                                                errors, line_buffering=True))
             atexit.register(getattr(sys, name).flush)
 
 

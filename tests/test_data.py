@@ -699,6 +699,14 @@ def flipped(content):
 FOREIGN = np.array([BYTES.vocab_size], np.uint16).tobytes()
 
 
+def test_a_shard_from_tomorrow_has_a_token_file_all_the_same(folder, capsys):
+    path = put_shard(0)
+    os.utime(path, (time.time() + 86400,) * 2)                   # the clock was set back since
+    for _ in range(2):
+        data.make_token_files([path], BYTES)
+    assert data.is_whole(data.token_path(path, BYTES)) and capsys.readouterr().out.count(" tokens in ") == 1
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 4 * 2], lambda b: b"", flipped, lambda b: b + b"x", lambda b: FOREIGN + b[2:]])
 def test_a_damaged_token_file_is_made_again(folder, capsys, damage):
     shard = put_shard(0, ["some text", "and more"])
@@ -909,6 +917,7 @@ def test_other_ranks_start_nothing_and_wait(folder, monkeypatch):
 def test_a_shard_that_nobody_downloads_is_not_waited_for_forever(folder, monkeypatch, capsys):
     monkeypatch.setattr(data, "PATIENCE", 0.8)
     part = f"{data.shard_path(3)}.part"
+    os.utime(put_shard(9), (time.time() + 86400,) * 2)           # the clock of the files says nothing
     stop = threading.Event()
 
     def grow():                                   # some download is alive for 1.5 seconds

@@ -168,6 +168,12 @@ def test_a_closed_pipe_ends_every_print_quietly(tmp_path):
     assert done.stdout == "a line\n" * 3 and done.stderr == "141\n"
 
 
+def test_a_letter_that_the_terminal_lacks_ends_no_run(tmp_path):
+    code = "from plumbing import stop; stop.listen(); print('\\u2603', '\\udcff', flush=True)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=dict(os.environ, PYTHONIOENCODING="latin-1"))
+    assert done.stdout == b"\\u2603 \\udcff\n" and not done.stderr
+
+
 def test_the_process_beside_the_trainer_is_deaf_until_the_trainer_ends(tmp_path):
     code = ("import time; from plumbing.background import start_background\n"
             "print(start_background(time.sleep, 60).process.pid, flush=True)\ntime.sleep(60)")
