@@ -61,7 +61,10 @@ def save_checkpoint(folder, step, model, optimizers, meta, wait=True):
         before = f"step {steps[-1]} stays the newest; go on from it with another dtype, or" if steps else "none was saved before;"
         raise SystemExit(f"{folder}: step {step} is not saved, {bad[0]} is not finite: the training has diverged; {before} "
                          "train anew with lower rates")
-    if writing:
+    if writing and RANK != 0:
+        writing.join()
+    barrier()                                                    # all shares of the one before are on the disk
+    if writing and RANK == 0:
         writing.join()
     os.makedirs(folder, exist_ok=True)
     if RANK == 0:
@@ -73,7 +76,7 @@ def save_checkpoint(folder, step, model, optimizers, meta, wait=True):
     if RANK == 0:
         own = {path_of(folder, "model", step): model.state_dict(), **own}
     if wait or free_memory() < 2 * WORLD_SIZE * checkpoint_bytes(model.config):
-        write_step(folder, meta, own)
+        write_step(folder, meta, own, together=wait)
     else:
         copies = {path: in_memory(data) for path, data in own.items()}
         writing = threading.Thread(target=write_beside, args=(folder, meta, copies), name="checkpoint")
@@ -96,15 +99,21 @@ def write_beside(*args):
         os._exit(1)
 
 
-def write_step(folder, meta, own):
-    """Write a rank's own files {path: content}; the first rank waits for those of the others, then writes the meta."""
+def write_step(folder, meta, own, together=False):
+    """
+    Write a rank's own files {path: content}; the first rank waits for those of the others, then writes the meta.
+
+    together: no rank trains meanwhile, so they meet; else the loop may be at an exchange of its own, and only files tell
+    """
     for path, data in own.items():
         save_tensors(path, data)
+    if together:
+        barrier()
     if RANK != 0:
         return
     paths = [path_of(folder, "model", meta["step"]), *(path_of(folder, "optim", meta["step"], r) for r in range(WORLD_SIZE))]
     clock = time.monotonic()
-    while missing := [path for path in paths if not os.path.exists(path)]:    # no barrier: the loop may be at one of its own
+    while missing := [path for path in paths if not os.path.exists(path)]:    # there, it is whole
         time.sleep(0.1)
         patience = PATIENCE.seconds if threading.main_thread().is_alive() else 20      # it has ended by an error
         if time.monotonic() > clock + patience:

@@ -249,6 +249,25 @@ def test_a_rank_that_is_gone_or_hangs_ends_the_other_in_one_line(copy, port, num
     assert code == 1 and said.count("another rank has ended") == 1 and "Traceback" not in said, said
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["raise SystemExit(path + ': the disk is full')", "os.kill(os.getpid(), 9)"])
+def test_a_rank_that_ends_in_a_save_beside_the_training_ends_the_other(copy, port, how):
+    shutil.rmtree(copy / FOLDER["base"])
+    code = f"""
+import os, runpy, sys, checkpoint; from plumbing.common import RANK
+real, sys.argv = checkpoint.save_tensors, ["base_train.py", *sys.argv[1:]]
+def save(path, data):
+    if RANK == 1 and "000080" in path: {how}
+    real(path, data)
+checkpoint.save_tensors = save
+runpy.run_path("base_train.py", run_name="__main__")"""
+    two = [begin(copy, "-c", code, *STAGES["base"][1:], "--num_iterations=100000", rank=rank, world_size=2, port=port) for rank in (0, 1)]
+    (code, said), (code_1, said_1) = (end(process, 200) for process in two)
+    assert (code, code_1) in ((1, 1), (1, -9)) and "Traceback" not in said + said_1
+    assert said.count("another rank has ended") == 1 and "model_000040.pt" in said and "000080_rank1.pt: not there" in said
+    assert (copy / FOLDER["base"] / "meta_000040.json").exists() and not (copy / FOLDER["base"] / "meta_000080.json").exists()
+
+
 # ------------------------------------------------------------------------------- the driver
 
 def part_of_the_driver(first, last):
