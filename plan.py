@@ -182,13 +182,14 @@ def memory_of(k, gpu_bytes):
 
 
 def show_times(k, speed):
-    """The stages as a table; without their times where the speed is not known (None)."""
+    """The stages as a table; without the columns of times where the speed is not known (None)."""
     times = {stage: map(duration, both) for stage, both in seconds(k, speed).items()} if speed else {}
-    print(f"  {'':18}{'steps':>7}{'tokens a step':>15}{'in all':>9}{'training':>10}{'the rest':>10}")
+    print(f"  {'':18}{'steps':>7}{'tokens a step':>15}{'in all':>9}" + (f"{'training':>10}{'the rest':>10}" if speed else ""))
     for stage, (steps, tokens, _) in stages(k).items():
-        training, rest = times.get(stage, "??")
+        training, rest = times.get(stage, ("", ""))
         size = f"{steps:>7,}{tokens:>15,}{steps * tokens / 1e6:>8,.1f}M{training:>10}" if steps else " " * 41
-        print(f"  {NAMES[stage]:18}{size}{rest:>10}")
+        if steps or speed:                           # the report has no steps, only a time
+            print(f"  {NAMES[stage]:18}{size}{rest:>10}".rstrip())
 
 
 def show_choices(speed, gpu_bytes):
@@ -247,7 +248,7 @@ if speed:
     total = sum(map(sum, seconds(k, speed).values()))
     print(f"  time    {duration(total)}, {where}; set-up, downloads and tokenizer on top")
 else:
-    print("  time    PLAN=1 measures it, after set-up")
+    print("  time    PLAN=1 measures it, once set-up is done")
 show_times(k, speed)
 if speed and measure:
     show_choices(speed, gpu_bytes)

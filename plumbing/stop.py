@@ -103,10 +103,20 @@ def is_near():
     return asked and WORLD_SIZE == 1
 
 
-def ctrl_c_is_mine():
-    """For a script with a use of its own for Ctrl-C: it is a KeyboardInterrupt again."""
-    if signal.getsignal(signal.SIGINT) is told:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+@contextlib.contextmanager
+def ctrl_c_is_mine(mine=True):
+    """For a script with a use of its own for Ctrl-C: the first one inside is a KeyboardInterrupt, the next ends the script."""
+    def first(*_):
+        signal.signal(signal.SIGINT, told)
+        raise KeyboardInterrupt
+
+    if mine and signal.getsignal(signal.SIGINT) is told:
+        signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is first:
+            signal.signal(signal.SIGINT, told)
 
 
 def only_one(path, file=None, pid=None):

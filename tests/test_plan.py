@@ -60,6 +60,16 @@ def test_without_torch_it_says_what_it_does_not_know():
     assert done.returncode == 0 and "plan: d2" in done.stdout and "not measured: " in done.stdout, done.stderr
 
 
+def test_what_a_newcomer_sees_first_has_no_holes(monkeypatch, capsys):
+    """Before set-up the driver plans without timing: there are no columns of times, and nothing is a question mark."""
+    monkeypatch.setenv("PATH", "")                   # no GPU is found
+    run_script("plan.py", "--tiny=1", "--depth=2", "--measure=0")
+    said = capsys.readouterr().out
+    assert "?" not in said and "training" not in said.replace("pretraining", "").replace("mid-training", "")
+    assert [line.split()[0] for line in said.splitlines()[-3:]] == ["pretraining", "mid-training", "fine-tuning"]
+    assert all(line == line.rstrip() for line in said.splitlines())
+
+
 def test_real_steps_are_timed_and_nothing_is_written(plan, monkeypatch):
     from bench import steps
     from plumbing.common import base_path
