@@ -23,18 +23,20 @@ from plumbing.machine import barrier
 from tokenizer import load_tokenizer
 
 # the stages in their order: where their models are, what trains them, and the code that their weights depend on
-FOLDERS = dict(base="base_checkpoints", mid="mid_checkpoints", sft="chatsft_checkpoints")
-SCRIPTS = dict(base="base_train.py", mid="mid_train.py", sft="chat_sft.py")
+FOLDERS = dict(base="base_checkpoints", mid="mid_checkpoints", sft="chatsft_checkpoints",
+               rl="chatrl_checkpoints")
+SCRIPTS = dict(base="base_train.py", mid="mid_train.py", sft="chat_sft.py", rl="chat_rl.py")
 CODE = dict(base=("model.py", "muon.py", "data.py", SCRIPTS["base"]),
             mid=("model.py", "muon.py", *TASK_CODE, SCRIPTS["mid"]),
-            sft=("model.py", "muon.py", *TASK_CODE, SCRIPTS["sft"]))
+            sft=("model.py", "muon.py", *TASK_CODE, SCRIPTS["sft"]),
+            rl=("model.py", "muon.py", "engine.py", "rollouts.py", *TASK_CODE, SCRIPTS["rl"]))
 
 # what the meta of a checkpoint has to have, of whatever version
 NEEDED = {"step", "num_iterations", "config", "model_config", "tokenizer", "world_size", "files"}
 
 # knobs that may differ when a run is continued: they change how it runs or what it prints
 FREE_KNOBS = {"run", "resume", "model_tag", "source_tag", "device", "dtype", "device_batch_size", "compile_model",
-              "gradient_checkpointing", "save_every", "eval_every", "eval_tokens", "eval_examples", "sample_every", "eval_metrics_every",
+              "gradient_checkpointing", "save_every", "eval_every", "eval_tokens", "eval_examples", "eval_samples", "sample_every", "eval_metrics_every",
               "eval_metrics_max_problems", "core_metric_every", "core_metric_max_per_task", "final_eval_tokens"}
 
 
@@ -276,7 +278,7 @@ def stage_folder(stage, model_tag):
 
 def tags_of(stage):
     """The tags of a stage that have a checkpoint, in order."""
-    parent = base_path(FOLDERS[stage])
+    parent = os.path.dirname(stage_folder(stage, "any"))
     return sorted(t for t in (os.listdir(parent) if os.path.isdir(parent) else []) if steps_in(os.path.join(parent, t)))
 
 
