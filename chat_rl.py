@@ -102,7 +102,7 @@ print0(f"{len(train_data):,} problems, {total_steps * examples_per_step / len(tr
 log = Log(checkpoint_dir, start_step, run, config)
 progress = Progress(log, start_step, total_steps, 0, 0, meta and meta["progress"], budget.checkpoint_bytes(model.config),
                     quantity="reward")
-stopping = False                  # Ctrl-C, kill, a closed terminal: the step is finished and saved
+stopping = said = False           # Ctrl-C, kill, a closed terminal: the step is finished and saved
 stop.finish_steps()
 
 for step in range(start_step, total_steps + 1):
@@ -153,6 +153,9 @@ for step in range(start_step, total_steps + 1):
     require_finite(checkpoint_dir, step, examples_per_step, policy_loss, grad_norm)     # a run that has diverged ends here
     for optimizer in optimizers if num_mixed else ():                               # momentum alone does not move the weights
         optimizer.step()
+    if not num_mixed and not said:
+        print0(f"step {step:5d}: no problem has right and wrong answers, so there is nothing to learn from; such steps change nothing")
+        said = True
     model.zero_grad(set_to_none=True)
     machine.synchronize()
     progress.update(step, reward / (examples_per_step * num_samples), grad_norm, rates, num_tokens, time.perf_counter() - clock,

@@ -225,7 +225,8 @@ def set_aside(folder, meta):
     """The shell command that moves a model and all that were trained from it out of the way."""
     others = [stage_folder(stage, tag) for stage in FOLDERS for tag in tags_of(stage)]
     moves = []
-    for old in [folder, *(other for other in others if sha_of(meta) in [s["sha256"] for s in sources(read_meta(other))])]:
+    own = meta.get("stage"), sha_of(meta)            # the stage as well: one that had nothing to learn has its source's weights
+    for old in [folder, *(other for other in others if own in [(s["stage"], s["sha256"]) for s in sources(read_meta(other))])]:
         new = f"{old}.old"
         while os.path.exists(new):
             new += "er"

@@ -343,6 +343,19 @@ def test_a_mistake_is_one_line(source, argv, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_stage_that_had_nothing_to_learn_is_not_taken_for_its_source(source, copy, capsys):
+    never = [*RL, "--num_iterations=1", "--model_tag=still"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tasks.is_right", lambda *_: False)
+        run(copy, *never)
+    assert "so there is nothing to learn from" in capsys.readouterr().out
+    old, new = (torch.load(copy / name) for name in ("chatsft_checkpoints/d1/model_000060.pt", "chatrl_checkpoints/still/model_000001.pt"))
+    assert all(torch.equal(old[name], new[name]) for name in old), "momentum has not moved it"
+    with pytest.raises(SystemExit) as error:
+        run(copy, *never)
+    assert str(error.value).count("mv ") == 1 and "still.old" in str(error.value)
+
+
 def test_the_report_and_the_tests_know_the_stage(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "copy")
     run(tmp_path / "copy", "chat_eval.py", "-i", "rl", "--embedded=1", "-a", "counts a letter", "-x", "5", "--max_tokens=12")
