@@ -1,12 +1,13 @@
 """
 Reinforcement learning: the model answers, and what was right becomes likelier. Optional, after fine-tuning.
 
-Each step draws some answers to each of some problems, grades them, and takes one step of the policy gradient (rollouts.py has
-the formula): REINFORCE, with the mean reward of a prompt's other answers as its baseline. The answers are those of the model as
-it is, so there is nothing to clip; no reference model holds it back, so its words drift, and only what is rewarded is kept.
+Each step draws some answers to each of some problems, grades them (1 = right, 0 = wrong), and takes one step of the policy
+gradient, REINFORCE: an answer's advantage is its reward less the mean reward of its prompt's answers; rollouts.py has the
+formula. The answers come from the model as it is, so there is no ratio to clip; no reference model holds it back, so
+whatever is not rewarded may drift.
 
-The answers are drawn with temperature and top_k, and the gradient is that of the model's own probabilities, at temperature 1
-among all tokens, as in the original nanochat: exact at temperature=1 and top_k=0, and a little beside it elsewhere.
+They are drawn with temperature and top_k, and the gradient is that of the model's own probabilities, of all tokens and at
+temperature 1, as in the original nanochat: exact with temperature=1 and top_k=0, a little beside it elsewhere.
 
 reads   chatsft_checkpoints/<model_tag>/, tokenizer/, task_data/ (from tasks/)
 writes  chatrl_checkpoints/<model_tag>/{model,optim,meta}_NNNNNN.*, log.jsonl
@@ -96,13 +97,14 @@ else:
 rollouts = Rollouts(model, tokenizer, is_right, max_new_tokens, temperature, top_k)
 
 total_steps = meta["num_iterations"] if meta else num_iterations or max(1, len(train_data) // examples_per_step)
-print0(f"{len(train_data):,} problems, {total_steps * examples_per_step / len(train_data):.2f} epochs in {total_steps:,} steps of "
-       f"{examples_per_step} problems, {num_samples} answers to each ({B} at a time)")
+print0(f"{len(train_data):,} problems, {total_steps * examples_per_step / len(train_data):.2f} epochs in {total_steps:,} "
+       f"steps of {examples_per_step} problems, {num_samples} answers to each ({B} at a time)")
 
 log = Log(checkpoint_dir, start_step, run, config)
 progress = Progress(log, start_step, total_steps, 0, 0, meta and meta["progress"], budget.checkpoint_bytes(model.config),
                     quantity="reward")
-stopping = said = False           # Ctrl-C, kill, a closed terminal: the step is finished and saved
+stopping = False                  # Ctrl-C, kill, a closed terminal: the step is finished and saved
+said = False                      # that there was a step with nothing to learn from
 stop.finish_steps()
 
 for step in range(start_step, total_steps + 1):
@@ -154,7 +156,8 @@ for step in range(start_step, total_steps + 1):
     for optimizer in optimizers if num_mixed else ():                               # momentum alone does not move the weights
         optimizer.step()
     if not num_mixed and not said:
-        print0(f"step {step:5d}: no problem has right and wrong answers, so there is nothing to learn from; such steps change nothing")
+        print0(f"step {step:5d}: no problem has right and wrong answers, so there is nothing to learn from; such steps "
+               "change nothing")
         said = True
     model.zero_grad(set_to_none=True)
     machine.synchronize()

@@ -29,7 +29,7 @@ SCRIPTS = dict(base="base_train.py", mid="mid_train.py", sft="chat_sft.py", rl="
 CODE = dict(base=("model.py", "muon.py", "data.py", SCRIPTS["base"]),
             mid=("model.py", "muon.py", *TASK_CODE, SCRIPTS["mid"]),
             sft=("model.py", "muon.py", *TASK_CODE, SCRIPTS["sft"]),
-            rl=("model.py", "muon.py", "engine.py", "rollouts.py", *TASK_CODE, SCRIPTS["rl"]))
+            rl=("model.py", "muon.py", "engine.py", "chat.py", "rollouts.py", *TASK_CODE, SCRIPTS["rl"]))
 
 # what the meta of a checkpoint has to have, of whatever version
 NEEDED = {"step", "num_iterations", "config", "model_config", "tokenizer", "world_size", "files"}
@@ -215,8 +215,8 @@ def checkpoint_to_resume(stage, folder, config, resume, source=None):
     if is_finished(meta):
         if RANK == 0:
             shutil.rmtree(os.path.join(folder, "tokens"), ignore_errors=True)     # a crash may have left them
-        result = ", ".join(f"{key.replace('_', ' ')} {meta[key]:.4f}" for key in ("val_bpb", "val_loss") if key in meta)
-        print0(f"{SCRIPTS[stage][:-3]}: finished already, {meta['step']} steps in {folder}, {result}")
+        result = [f"{key.replace('_', ' ')} {meta[key]:.4f}" for key in ("val_bpb", "val_loss") if key in meta]
+        print0(", ".join([f"{SCRIPTS[stage][:-3]}: finished already, {meta['step']} steps in {folder}", *result]))
         raise SystemExit(0)
     return meta
 
