@@ -65,6 +65,20 @@ config = configure(globals())
 
 SPELLING_BEE_ROWS = 8000       # problems of an epoch, about as many as GSM8K has
 
+
+def even_bee(split, count):
+    """
+    The first questions of SpellingBee, but for two in three of those whose answer is 1: 43 % are left.
+
+    Of all of them 69 % have it, and then a tiny model's reward rises as it says 1 to everything. measured 2026-11, tiny, 60
+    steps of 16 x 8 answers, of 150 drawn answers to all kinds: before 60 were right, 59 said 1 and 55 calls of the calculator
+    found the number; after training on all kinds (init_lr_frac=0.05) 94, 123 and 57; on these (0.1) 101, 115 and 64.
+    """
+    bee = spelling_bee(4 * count, split, varied=not source_meta["config"].get("embedded"))    # worded as the model has learned it
+    rows = (bee[i] for i in range(4 * count))
+    return [row for i, row in enumerate(rows) if row["answer"] != "1" or i % 3 == 0][:count]
+
+
 # a finished stage ends here, an unfinished one continues
 source_folder, source_meta, parent = find_parent(source, source_tag, model_tag)
 checkpoint_dir = stage_folder("rl", model_tag or parent["tag"])
@@ -91,9 +105,7 @@ if meta:
 if task == "gsm8k":
     train_data, test_data = gsm8k("train"), gsm8k("test")
 else:
-    varied = not source_meta["config"].get("embedded")            # worded as the model has learned it
-    train_data, test_data = (spelling_bee(size, split, varied=varied)
-                             for split, size in (("train", SPELLING_BEE_ROWS), ("test", eval_examples)))
+    train_data, test_data = even_bee("train", SPELLING_BEE_ROWS), even_bee("test", eval_examples)
 rollouts = Rollouts(model, tokenizer, is_right, max_new_tokens, temperature, top_k)
 
 total_steps = meta["num_iterations"] if meta else num_iterations or max(1, len(train_data) // examples_per_step)

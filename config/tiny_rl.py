@@ -2,6 +2,7 @@
 task = "spelling_bee"
 num_iterations = 40
 num_samples = 8
+init_lr_frac = 0.1             # with 0.3 a model of this size gives up counting and says 1 to everything
 max_new_tokens = 160           # a right answer has 90 to 150
 eval_every = 20
 eval_examples = 50

@@ -284,9 +284,9 @@ def test_pass_at_1_is_what_single_answers_have_right():
 
 def test_the_reward_rises(trained, capsys):
     rewards, passed = list(logged(trained, "reward").values()), logged(trained, "pass@1")
-    first, last = statistics.fmean(rewards[:4]), statistics.fmean(rewards[-4:])
+    first, last = rewards[0], statistics.fmean(rewards[-4:])
     print(f"reward {first:.2f} to {last:.2f}, pass@1 {passed}")
-    assert first < 0.5 and last > first + 0.15 and passed[20] > passed[0] + 0.1
+    assert last > first + 0.1 and passed[20] > passed[0] + 0.15      # 43 % of the answers are 1
     with pytest.raises(SystemExit):                        # the end of an answer
         run(trained, "chat_cli.py", "-i", "rl", "-p", "How many 'a' are in 'cat'?", "--temperature=0.0")
     assert capsys.readouterr().out.splitlines()[-1] == "#### 1"
