@@ -36,7 +36,7 @@ PIECE = 256                  # tokens of a prompt that are read between two toke
 
 
 def models(source="", model_tag=""):
-    """What the API tells of every model, a list of dicts; the default is the newest of the furthest stage, or of those asked for."""
+    """What the API tells of each model, as dicts. The default is the newest of the furthest stage, or of what the knobs name."""
     found = [info for stage in FOLDERS for tag in tags_of(stage) if (info := model_info(stage, tag))]
     wanted = [info for info in found if source in ("", info["stage"]) and model_tag in ("", info["tag"])]
     default = max(wanted, key=lambda info: (list(FOLDERS).index(info["stage"]), info["created"]), default=None)
@@ -203,8 +203,8 @@ class Writer(threading.Thread):
         if stop.asked:
             raise Wrong(503, "the server is about to end", headers={"Retry-After": "30"})
         if self.open + job.n > self.slots * (1 + WAITING):
-            raise Wrong(503, f"{self.open} replies are being written or wait for their turn, and no more are taken; ask again "
-                             "in some seconds", headers={"Retry-After": "5"})
+            raise Wrong(503, f"{self.open} replies are being written or wait for it, and no more are taken; ask again in some "
+                             "seconds", headers={"Retry-After": "5"})
         job.open = job.n
         self.open += job.n
         self.inbox.put(job)
@@ -265,7 +265,7 @@ class Writer(threading.Thread):
         return True
 
     def model_for(self, name):
-        """The Model of a name, loaded where it is not, or was trained further since; None while all in memory are at work."""
+        """The Model of a name, loaded where it is not or was trained further; None while all in memory are at work."""
         name = model_named(name, models(*self.default))["id"]
         sha = sha_of(read_meta(stage_folder(*name.split("/", 1))))
         model = next((model for model in self.models if (model.name, model.sha) == (name, sha)), None)
