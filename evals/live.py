@@ -5,10 +5,11 @@ reads   <stage>_checkpoints/<model_tag>/{log.jsonl,meta_NNNNNN.json}, and whethe
 """
 import json
 import os
+import re
 import statistics
 import zlib
 
-from checkpoint import FOLDERS, read_meta, stage_folder
+from checkpoint import FOLDERS, read_meta
 from plumbing.common import base_path
 from plumbing.stop import is_at_work
 
@@ -30,18 +31,18 @@ def runs():
     return sorted(found, key=lambda run: -run["updated"])
 
 
-def rows_after(stage, tag, cursor):
+def rows_after(folder, cursor):
     """
-    The rows that a log has got since a cursor was handed out, "" = all, with a new cursor: a dict.
+    The rows that the log in a run's folder has got since a cursor was handed out, "" = all, with a new cursor: a dict.
 
     A cursor says how many bytes have been read, and a checksum of the last of them: a run that is resumed writes its log
     anew, without the steps after its checkpoint, and what was read before no longer holds.
     raises  FileNotFoundError where there is no log
     """
-    folder = stage_folder(stage, tag)
     path, rows, restarted = os.path.join(folder, "log.jsonl"), [], False
     with open(path, "rb") as f:
-        offset = int(cursor.partition("-")[0] or 0)
+        said = re.match(r"\d{1,18}(?=-)", cursor)
+        offset = int(said[0]) if said else 0
         if cursor and cursor != cursor_at(f, offset):
             offset, restarted = 0, True
         f.seek(offset)
@@ -53,7 +54,9 @@ def rows_after(stage, tag, cursor):
         cursor = cursor_at(f, offset)
     running, total = is_at_work(folder), total_steps(folder)
     steps = [(row["step"], row["ms"]) for row in last_rows(path) if row.get("ms")]
-    left = (total - steps[-1][0] - 1) * statistics.median(ms for _, ms in steps[-50:]) / 1000 if running and total and steps else None
+    left = None
+    if running and total and steps:
+        left = (total - steps[-1][0] - 1) * statistics.median(ms for _, ms in steps[-50:]) / 1000
     return dict(rows=rows, cursor=cursor, restarted=restarted, running=running, num_iterations=total, seconds_left=left)
 
 

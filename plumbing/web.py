@@ -5,8 +5,9 @@ in the shape that OpenAI's clients know, a page that can load nothing, and an en
 in    an app of new_app(), with its routes
 out   Guard (the app, behind its checks), Wrong, json_object, page_headers, listen, serve
 
-Any page in a browser can send requests to this computer. They are told apart by the Host header, which names their own site
-where its name was made to point here, and by the content type, which they may not set to JSON without being allowed to.
+Any page that a browser shows can send requests to this computer. They are told from our own page's by the Host header, which
+names the other site where that has made its name point here, and by the content type: without being allowed to, a page of
+another site can't send JSON.
 """
 import asyncio
 import base64
@@ -27,7 +28,7 @@ from starlette.exceptions import HTTPException
 
 from plumbing import stop
 
-MOST_BYTES = 10**6           # of a body: a context of 2,048 tokens is 10 KB of text, and a chat with all its old turns some more
+MOST_BYTES = 10**6           # of a body: the text of a context of 2,048 tokens is 10 KB, a chat with all its turns some more
 BODY_SECONDS = 10            # a body must be here by then
 IDLE_SECONDS = 30            # a connection without a request is closed after so long, or twice that
 LAST_SECONDS = 30            # after a signal, what is being answered may take so long
@@ -55,8 +56,7 @@ def new_app():
     app = FastAPI(openapi_url=None)
     app.add_exception_handler(Wrong, lambda request, wrong: wrong.response())
     app.add_exception_handler(HTTPException, lambda request, error: Wrong(
-        error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}; there is: "
-        f"{', '.join(sorted({route.path for route in app.routes}))}").response())
+        error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}").response())
     app.add_exception_handler(Exception, lambda request, error: mistake().response())
     return app
 
@@ -69,8 +69,8 @@ class Guard:
     """
     An app behind its checks: it is called with the whole body, and cancelled when the client goes.
 
-    host     what the server is bound to: requests must be for this name or address, or for this computer's own
-    api_key  asked for everywhere but at / and /health; "" = not asked for
+    host     what the server is bound to
+    api_key  asked for everywhere but at / and /health; "" = not asked for, but requests must be for a loopback name or host
     cors     an origin, like https://example.org, whose pages may use the API; "" = none but our own
     """
 
@@ -88,11 +88,12 @@ class Guard:
             await send(message)
 
         try:
-            self.admit(scope, headers)
-            if scope["method"] == "OPTIONS" and self.cors:     # a page asks whether it may
+            body = await read_body(headers, receive)           # also of those who are turned away: they have to listen
+            self.admit(scope["method"], scope["path"], headers)
+            if scope["method"] == "OPTIONS" and self.cors:     # a page of another site asks whether it may
                 await Response(status_code=204)(scope, receive, send_safe)
-                return
-            await self.call(scope, await read_body(headers, receive), receive, send_safe)
+            else:
+                await self.call(scope, body, receive, send_safe)
         except Wrong as wrong:
             await wrong.response()(scope, receive, send_safe)
         except Exception:
@@ -100,32 +101,24 @@ class Guard:
             if not started:
                 await mistake().response()(scope, receive, send_safe)
 
-    def admit(self, scope, headers):
-        """Nothing, where a request may come in; raises Wrong where not."""
-        path, method = scope["path"], scope["method"]
-        if not self.is_ours(headers.get(b"host", b"").decode("latin-1")):
+    def admit(self, method, path, headers):
+        """raises Wrong where a request may not come in"""
+        if not self.api_key and not self.is_ours(headers.get(b"host", b"").decode("latin-1")):
             raise Wrong(403, "the Host header names another computer than this server's; open it by the address that it "
                              "printed when it started")
-        if method == "OPTIONS":
-            return
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        if self.api_key and path not in ("/", "/health") and not (
-                scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key)):
-            raise Wrong(401, "this server wants its api_key: send the header Authorization: Bearer KEY", None, "invalid_api_key",
-                        {"www-authenticate": "Bearer"})
+        is_known = scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.api_key)
+        if self.api_key and not is_known and path not in ("/", "/health") and method != "OPTIONS":
+            raise Wrong(401, "this server wants its api_key: send the header Authorization: Bearer KEY",
+                        code="invalid_api_key", headers={"www-authenticate": "Bearer"})
         content_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if method == "POST" and content_type != b"application/json":
             raise Wrong(415, "send JSON, with the header Content-Type: application/json")
 
     def is_ours(self, host):
-        """Whether a Host header names this computer; an address can't be made to point elsewhere, a name can."""
+        """Whether a Host header names this computer."""
         name = re.sub(r":\d*$", "", host).strip("[]").lower()
-        everywhere = self.host in ("0.0.0.0", "::")
-        if name in ("localhost", self.host.lower()) or everywhere and name == socket.gethostname().lower():
-            return True
-        with contextlib.suppress(ValueError):
-            return everywhere or ipaddress.ip_address(name).is_loopback
-        return False
+        return is_loopback(name) or name == self.host.lower()
 
     def cors_headers(self, headers):
         if not self.cors or headers.get(b"origin") != self.cors.encode():
@@ -148,6 +141,13 @@ class Guard:
             gone.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await work
+
+
+def is_loopback(host):
+    """Whether a name or an address is this computer's own, which nobody else can reach."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 async def read_body(headers, receive):
@@ -175,7 +175,7 @@ async def read_body(headers, receive):
         await asyncio.wait_for(read(), BODY_SECONDS)
     except asyncio.TimeoutError:
         if size <= MOST_BYTES:
-            raise Wrong(408, f"the body has not ended within {BODY_SECONDS} seconds", headers={"connection": "close"}) from None
+            raise Wrong(408, f"the body has not ended within {BODY_SECONDS} s", headers={"connection": "close"}) from None
     if size > MOST_BYTES:
         raise too_long
     return bytes(body)
@@ -216,15 +216,17 @@ def listen(host, port):
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family)
     except OSError as error:
-        raise SystemExit(f"host={host}, port={port}: can't be listened at ({error.strerror}); another --port= may be free") from None
+        raise SystemExit(f"host={host}, port={port}: can't be listened at ({error.strerror}); try another --port=") from None
 
 
 class Server(uvicorn.Server):
     capture_signals = contextlib.nullcontext               # they are plumbing.stop's
 
 
-async def serve(app, listener, is_busy):
-    """Answer until a signal has come, and then what is_busy() tells of, for at most LAST_SECONDS."""
+async def serve(app, listener, writer):
+    """Answer until a signal has come, and then let a Writer finish what is `open`, for at most LAST_SECONDS."""
+    writer.loop = asyncio.get_running_loop()
+    writer.start()
     server = Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", access_log=False, log_level="critical",
                                    server_header=False, timeout_graceful_shutdown=2))
     running = asyncio.ensure_future(server.serve([listener]))
@@ -239,7 +241,8 @@ async def serve(app, listener, is_busy):
                 if before.get(connection, connection) is cycle:
                     connection.shutdown()
     begin = time.monotonic()
-    while is_busy() and time.monotonic() - begin < LAST_SECONDS:
+    while writer.open and time.monotonic() - begin < LAST_SECONDS:
         await asyncio.sleep(0.05)
     server.should_exit = True
     await running
+    await writer.end()
