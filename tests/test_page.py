@@ -428,7 +428,7 @@ def test_training_while_the_log_grows(window, base_dir):
         page = me.open("#training")
         numbers = page.locator("#numbers")
         page.wait_for_selector("#numbers >> text=99 of 400")
-        assert page.locator("#run-head span").inner_text() == "running" and "about" in numbers.inner_text()
+        assert page.locator("#run-head span").inner_text() == "running" and "Left" in numbers.inner_text()
         assert page.locator("figure").count() == 4                      # loss, learning rate, speed, gradient norm
         samples = [["The capital of France is", "<img src=x onerror=hacked=9>"]]
         write([*map(step_row, range(100, 201)), dict(step=200, val_bpb=1.75), dict(step=200, samples=samples),
@@ -492,7 +492,7 @@ for shard in (0, VAL_SHARD):
                                 "--device=cpu", "--dtype=float32", "--num_iterations=150", "--eval_every=50", "--sample_every=50",
                                 "--core_metric_every=0"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     page.wait_for_selector("#run-head >> text=running", timeout=120_000)
-    page.wait_for_selector("#numbers >> text=about", timeout=120_000)
+    page.wait_for_selector("#numbers >> text=Left", timeout=120_000)
     page.wait_for_selector("#samples p >> nth=6", timeout=120_000)
     assert trainer.wait() == 0
     page.wait_for_selector("#run-head >> text=finished", timeout=15_000)
