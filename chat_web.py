@@ -158,12 +158,14 @@ class Stream(StreamingResponse):
 
 
 async def pieces(job):
-    """The Pieces of a job as they come; raises Wrong."""
+    """The Pieces of a job, in lists of what has come at a time; raises Wrong."""
     while job.open or not job.events.empty():
-        piece = await job.events.get()
-        if isinstance(piece, Wrong):
-            raise piece
-        yield piece
+        come = [await job.events.get()]
+        while not job.events.empty():
+            come.append(job.events.get_nowait())
+        if isinstance(come[-1], Wrong):
+            raise come[-1]
+        yield come
 
 
 def usage(head, tokens):
@@ -185,10 +187,11 @@ def logprobs(job, entries, offset=0):
 async def whole(job, head, about):
     """All replies of a job, as a dict."""
     texts, entries, finish, tokens = [[] for _ in range(job.n)], [[] for _ in range(job.n)], [""] * job.n, 0
-    async for piece in pieces(job):
-        texts[piece.index] += piece.texts
-        entries[piece.index] += [piece.entry] if piece.entry else []
-        tokens, finish[piece.index] = tokens + piece.tokens, piece.finish
+    async for come in pieces(job):
+        for piece in come:
+            texts[piece.index] += piece.texts
+            entries[piece.index] += [piece.entry] if piece.entry else []
+            tokens, finish[piece.index] = tokens + piece.tokens, piece.finish
     choices = []
     for i in range(job.n):
         content = {"message": dict(role="assistant", content=joined(texts[i]))} if job.chat else {"text": joined(texts[i])}
@@ -211,28 +214,33 @@ async def stream(job, head, about, with_usage):
     """The replies of a job as server-sent events, a chunk for a token."""
     about |= dict(object="chat.completion.chunk") if job.chat else {}
     about |= dict(usage=None) if with_usage else {}
-    tokens, lengths = 0, [0] * job.n
+    tokens, lengths = 0, [0] * job.n                           # lengths: characters of each reply so far
 
     def event(**content):
         return f"data: {json.dumps(about | content)}\n\n"
 
     def chunk(i, delta, text="", entries=(), finish=None):
         content = dict(delta=delta) if job.chat else dict(text=text)
-        return event(choices=[dict(index=i, **content, logprobs=logprobs(job, entries, lengths[i]) if entries else None,
-                                   finish_reason=finish)])
+        told = logprobs(job, entries, lengths[i]) if entries else None
+        lengths[i] += sum(len(entry["token"]) for entry in entries)
+        return event(choices=[dict(index=i, **content, logprobs=told, finish_reason=finish)])
+
+    def chunks(piece):
+        entries = [piece.entry] if piece.entry else []
+        for kind, text in piece.texts:
+            if text or entries:
+                yield chunk(piece.index, dict(content=text, type=kind) if job.parts else dict(content=text), text, entries)
+                entries = []
+        if piece.finish:
+            yield chunk(piece.index, {}, finish=piece.finish)
 
     try:
         for i in range(job.n if job.chat else 0):
             yield chunk(i, dict(role="assistant", content=""))
         about.pop("dropped_turns", None)                       # said once
-        async for piece in pieces(job):
-            i, entries, tokens = piece.index, [piece.entry] if piece.entry else [], tokens + piece.tokens
-            for kind, text in piece.texts:
-                if text or entries:
-                    yield chunk(i, dict(content=text, type=kind) if job.parts else dict(content=text), text, entries)
-                    lengths[i], entries = lengths[i] + sum(len(entry["token"]) for entry in entries), []
-            if piece.finish:
-                yield chunk(i, {}, finish=piece.finish)
+        async for come in pieces(job):
+            yield "".join(chunk for piece in come for chunk in chunks(piece))
+            tokens += sum(piece.tokens for piece in come)
         if with_usage:
             yield event(choices=[], usage=usage(head, tokens))
         yield "data: [DONE]\n\n"

@@ -53,7 +53,7 @@ class Wrong(Exception):
 
 def new_app():
     """A FastAPI without pages of its own, whose errors have the one shape."""
-    app = FastAPI(openapi_url=None)
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.add_exception_handler(Wrong, lambda request, wrong: wrong.response())
     app.add_exception_handler(HTTPException, lambda request, error: Wrong(
         error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}").response())
