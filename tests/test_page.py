@@ -44,20 +44,26 @@ SPECIAL = TOKENIZER.special
 def save_model_that_says(folder, tokens, context):
     """A real model whose next token depends on the last alone: each of tokens calls the next."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(sequence_len=context, vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=128))
+    config = GPTConfig(sequence_len=context, vocab_size=TOKENIZER.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=128)
+    model = GPT(config)
     with torch.no_grad():
         embedding = model.transformer.wte.weight
         embedding /= embedding.norm(dim=1, keepdim=True)
         for token, follower in zip(tokens, tokens[1:]):
             model.lm_head.weight[follower] += embedding[token]
-    save_checkpoint(str(folder), 5, model, [], dict(stage="sft", num_iterations=5, config={}, tokenizer=TOKENIZER.fingerprint))
+    meta = dict(stage="sft", num_iterations=5, config={}, tokenizer=TOKENIZER.fingerprint)
+    save_checkpoint(str(folder), 5, model, [], meta)
 
 
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     TOKENIZER.save(str(folder / "tokenizer"), {})
-    start, end, ids = [SPECIAL("<|assistant_start|>")], SPECIAL("<|assistant_end|>"), lambda words: [256 + WORDS.index(w.encode()) for w in words]
+    start, end = [SPECIAL("<|assistant_start|>")], SPECIAL("<|assistant_end|>")
+
+    def ids(words):
+        return [256 + WORDS.index(word.encode()) for word in words]
+
     call = [SPECIAL("<|python_start|>"), *b"6*7", SPECIAL("<|python_end|>"), SPECIAL("<|output_end|>"), *b".", end]
     save_model_that_says(folder / FOLDERS["sft"] / "friendly", [*start, *ids(FRIENDLY), *call], 600)
     save_model_that_says(folder / FOLDERS["sft"] / "hostile", [*start, *ids(HOSTILE), end], 600)
@@ -73,8 +79,8 @@ def url(base_dir):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     environment = dict(os.environ, NANOCHAT_BASE_DIR=str(base_dir), OMP_NUM_THREADS="1")
-    process = subprocess.Popen([sys.executable, "chat_web.py", f"--port={port}", "--device=cpu", "--slots=3", "--model_tag=friendly"],
-                               cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([sys.executable, "chat_web.py", f"--port={port}", "--device=cpu", "--slots=3",
+                                "--model_tag=friendly"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert "open http" in process.stdout.readline()
     yield f"http://127.0.0.1:{port}"
     process.send_signal(signal.SIGTERM)
@@ -93,7 +99,7 @@ class Page:
     """The page in a window of its own, what has gone out of it, and the hands of a person."""
 
     def __init__(self, browser, url, **options):
-        self.context = browser.new_context(**{"viewport": {"width": 1200, "height": 750}, "reduced_motion": "reduce", **options})
+        self.context = browser.new_context(**{"viewport": {"width": 1200, "height": 750}, **options})
         self.context.grant_permissions(["clipboard-read", "clipboard-write"])
         self.context.set_default_timeout(20_000)
         self.page, self.url, self.asked, self.wrong, self.bodies = self.context.new_page(), url, [], [], []
@@ -101,7 +107,8 @@ class Page:
         self.page.on("dialog", lambda dialog: (self.wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         self.page.on("popup", lambda popup: self.wrong.append(f"popup: {popup.url}"))
         self.page.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))
-        self.page.on("console", lambda message: message.type in ("error", "warning") and self.wrong.append(f"console: {message.text}"))
+        self.page.on("console", lambda message: message.type in ("error", "warning") and
+                     self.wrong.append(f"console: {message.text}"))
 
     def note(self, request):
         self.asked.append(request.url)
@@ -178,8 +185,10 @@ def test_send_stream_reload_and_go_on(window):
     page.wait_for_selector("#send:enabled")
     me.ask("And now?")
     address, body = me.bodies[-1]
-    assert address == "/v1/chat/completions" and [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
-    assert body["messages"][1]["content"][1:3] == [{"type": "python", "text": "6*7"}, {"type": "python_output", "text": "42"}]
+    assert address == "/v1/chat/completions"
+    assert [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
+    call, result = body["messages"][1]["content"][1:3]
+    assert call == {"type": "python", "text": "6*7"} and result == {"type": "python_output", "text": "42"}
     page.click("#new-chat")
     assert page.locator(".turn").count() == 0
     page.locator("#chats li").first.hover()
@@ -224,14 +233,16 @@ def test_regenerate_edit_and_settings(window):
     page.wait_for_selector("footer :text('cut short: max tokens 5')")
     again = me.bodies[-1][1]
     assert again["messages"][0] == {"role": "system", "content": "Be brief."} and again["messages"][1:] == first["messages"]
-    assert (again["temperature"], again["top_k"], again["max_tokens"], again["seed"]) == (0, 3, 5, 12)   # not the same answer again
+    # the seed is the next one: asked for again, an answer is not to be the same
+    assert (again["temperature"], again["top_k"], again["max_tokens"], again["seed"]) == (0, 3, 5, 12)
     page.locator("text=Edit").first.click()
     page.keyboard.press("Control+A")
     page.keyboard.type("another one")
     page.keyboard.press("Enter")
     page.wait_for_selector("#send:visible")
     assert page.locator(".turn").count() == 1 and page.locator(".question p").inner_text() == "another one"
-    assert me.bodies[-1][1]["messages"][1:] == [{"role": "user", "content": "another one"}] and me.bodies[-1][1]["seed"] == 11
+    edited = me.bodies[-1][1]
+    assert edited["messages"][1:] == [{"role": "user", "content": "another one"}] and edited["seed"] == 11
     page.reload()
     assert page.input_value("#system") == "Be brief." and page.locator(".question p").inner_text() == "another one"
 
@@ -241,22 +252,24 @@ def test_a_hostile_model_changes_nothing_and_loads_nothing(window):
     page = me.open(model="sft/hostile")
     me.ask("<img src=x onerror=hacked=8>")
     shown = me.last().inner_text()
-    for word in ("<img src=x onerror=hacked=1></script><script>hacked=2</script>", "[click](javascript:hacked=3)", "<svg onload=hacked=4>",
-                 "![picture](http://127.0.0.1:9/p.png)", "<b onclick=hacked=6>title</b>", "<iframe src=//127.0.0.1:9>", "deep"):
+    for word in ("<img src=x onerror=hacked=1></script><script>hacked=2</script>", "[click](javascript:hacked=3)",
+                 "![picture](http://127.0.0.1:9/p.png)", "<svg onload=hacked=4>", "<details open ontoggle=hacked=5>",
+                 "<b onclick=hacked=6>title</b>", "<iframe src=//127.0.0.1:9>", "<a href=javascript:hacked=7>a</a>", "deep"):
         assert word in shown
     allowed = {"DIV", "P", "A", "H1", "CODE", "TABLE", "TR", "TH", "TD", "BLOCKQUOTE"}
     assert set(page.evaluate("[...document.querySelectorAll('.answer .text *')].map(e => e.tagName)")) <= allowed
     link = me.last("a")
-    assert link.get_attribute("href") == "https://example.org/?a=1&b=2" and link.get_attribute("rel") == "noopener noreferrer"
-    assert link.get_attribute("target") == "_blank" and link.count() == 1
+    assert link.count() == 1 and link.get_attribute("href") == "https://example.org/?a=1&b=2"
+    assert link.get_attribute("rel") == "noopener noreferrer" and link.get_attribute("target") == "_blank"
     me.press("Tokens")
     assert "<img src=x" in me.last(".tokens").inner_text() and not page.locator("#log img, #chats img").count()
     policy = page.request.get(me.url).headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
     with open(os.path.join(ROOT, "ui.html"), encoding="utf-8") as f:
         source = f.read()
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|srcdoc| style=", source)
-    assert source.count("<script>") == source.count("<style>") == 1 and not re.search(r"(src|href)=\"?(https?:)?//", source)
+    assert source.count("<script>") == source.count("<style>") == 1
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|srcdoc| style=", source)
+    assert not re.search(r"(src|href)=\"?(https?:)?//", source)
 
 
 def test_two_models_side_by_side(window):
@@ -281,7 +294,8 @@ def test_tokens_and_their_probabilities(window):
     me.ask("Who are you?")
     me.press("Tokens")
     tokens, tip = me.last(".token"), page.locator("#tip")
-    assert tokens.first.inner_text() == FRIENDLY[0] and me.last(".forced").all_inner_texts() == ["<|output_start|>", "4", "2", "<|output_end|>"]
+    assert tokens.first.inner_text() == FRIENDLY[0]
+    assert me.last(".forced").all_inner_texts() == ["<|output_start|>", "4", "2", "<|output_end|>"]
     tokens.first.hover()
     assert tip.locator("tr").count() == 5 and tip.locator(".drawn").inner_text().startswith("Hello,·")
     shares = [float(text.removesuffix(" %")) for text in tip.locator("td:last-child").all_inner_texts()]
@@ -292,7 +306,6 @@ def test_tokens_and_their_probabilities(window):
     assert tip.locator(".drawn").inner_text().startswith("<|python_start|>")
     me.last(".forced").first.hover()
     assert "calculator" in tip.inner_text()
-    page.screenshot()
     me.press("Tokens")
     assert me.last("strong").inner_text() == "nobody"
 
@@ -303,9 +316,10 @@ def test_keyboard_only(window):
     page.keyboard.type("line one")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("line two")
-    page.evaluate("""for (const more of [{isComposing: true}, {keyCode: 229}]) document.querySelector("#message").dispatchEvent(
-                     new KeyboardEvent("keydown", {key: "Enter", bubbles: true, cancelable: true, ...more}))""")
-    assert not me.bodies                                                # the Enter that ends the choice of a word
+    for more in ("isComposing: true", "keyCode: 229"):                  # the Enter that ends the choice of a word
+        page.evaluate("""document.querySelector("#message").dispatchEvent(
+                         new KeyboardEvent("keydown", {key: "Enter", bubbles: true, cancelable: true, %s}))""" % more)
+    assert not me.bodies
     page.keyboard.press("Enter")
     page.wait_for_selector("footer :text('seed')")
     assert me.bodies[0][1]["messages"][0]["content"] == "line one\nline two"
@@ -320,8 +334,8 @@ def test_keyboard_only(window):
     assert all(visible for _, visible in seen), seen
     order = [name.split("\n")[0] for name, _ in seen]
     order = order[order.index("To the message"):]
-    places = [order.index(name) for name in ("Chat", "Training", "New chat", "Conversation", "Edit", "Copy", "Regenerate", "message",
-                                             "Model", "Compare", "Settings", "Send")]
+    names = "Chat, Training, New chat, Conversation, Edit, Copy, Regenerate, message, Model, Compare, Settings, Send".split(", ")
+    places = [order.index(name) for name in names]
     assert places == sorted(places), order
     page.locator("text=Edit").focus()
     page.keyboard.press("Enter")
@@ -334,13 +348,13 @@ def test_phone_and_themes(window):
     page = me.open(model="sft/hostile")
     page.click("#compare")
     me.ask("w" * 300)
-    width = "Math.max(document.documentElement.scrollWidth, ...[...document.querySelectorAll('main, #log, #training-view, aside')].map(e => e.scrollWidth))"
+    width = "Math.max(...[...document.querySelectorAll('html, main, #log, #training-view, aside')].map(e => e.scrollWidth))"
     assert page.evaluate(width) <= 360
     page.click("#list-button")
     assert page.locator("#new-chat").is_visible()
     page.click("#new-chat")
     assert not page.locator("#new-chat").is_visible() and page.locator(".turn").count() == 0
-    lightness = "getComputedStyle(document.body).backgroundColor.match(/[0-9.]+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
+    lightness = "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).reduce((a, b) => a + Number(b), 0)"
     assert page.evaluate(lightness) < 150
     page.click("#theme")
     assert page.locator("#theme").inner_text() == "Theme: light" and page.evaluate(lightness) > 700
@@ -384,14 +398,15 @@ def test_what_the_server_refuses(window):
 
 def test_storage_that_is_damaged_or_full(window):
     me = window()
-    chat = {"id": "good", "title": "a good one", "turns": [{"question": "q", "answers": [{"model": "sft/x", "parts": [], "end": ""}]}]}
-    kept = {"settings": "[1", "chat.a": "{", "chat.b": '{"id": 3}', "chat.c": "null", "chat.d": '{"id":"d","title":"d","turns":[{}]}',
-            "chat.good": json.dumps(chat), "key": "7"}
+    answer = {"model": "sft/x", "parts": [], "end": ""}
+    chat = {"id": "good", "title": "a good one", "turns": [{"question": "q", "answers": [answer]}]}
+    kept = {"settings": "[1", "chat.a": "{", "chat.b": '{"id": 3}', "chat.c": "null", "key": "7",
+            "chat.d": '{"id":"d","title":"d","turns":[{}]}', "chat.good": json.dumps(chat)}
     me.context.add_init_script(f"""if (!sessionStorage.done) for (const [key, value] of Object.entries({json.dumps(kept)}))
                                        localStorage.setItem("nanochat." + key, value); sessionStorage.done = 1;""")
     page = me.open()
     assert page.locator("#chats li").count() == 1
-    page.evaluate("() => void (Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); })")
+    page.evaluate("() => void (Storage.prototype.setItem = () => { throw new Error('full'); })")
     me.ask("hello")
     assert "nobody" in me.last().inner_text() and "no room left" in page.locator("#notice").inner_text()
 
@@ -417,8 +432,8 @@ def run_in_progress(base_dir, stage, tag, rows):
 
 
 def step_row(step, mfu=None):
-    return dict(step=step, loss=8 / (1 + step) ** 0.3, matrix_lr=0.02, embedding_lr=0.4, unembedding_lr=0.01, grad_norm=0.5, ms=50.0,
-                tokens_per_second=40_000.0 + step % 7, mfu=mfu, seconds=0.05 * step)
+    return dict(step=step, loss=8 / (1 + step) ** 0.3, matrix_lr=0.02, embedding_lr=0.4, unembedding_lr=0.01, grad_norm=0.5,
+                ms=50.0, tokens_per_second=40_000.0 + step % 7, mfu=mfu, seconds=0.05 * step)
 
 
 def test_training_while_the_log_grows(window, base_dir):
@@ -451,29 +466,32 @@ def test_training_while_the_log_grows(window, base_dir):
 
 def test_a_stopped_run_of_20000_steps_beside_another_and_the_report(window, base_dir):
     me = window()
-    report = ["# Report card of d9", "", "| a | b |", "| --- | --- |", "| 1 \\| 2 | <img src=x> |", "", "![curves](d9/curves.png)", "",
-              "<details><summary>All knobs</summary>", "", "`depth=9`", "", "</details>"]
+    report = ["# Report card of d9", "", "| a | b |", "| --- | --- |", "| 1 \\| 2 | <img src=x> |", "",
+              "![curves](d9/curves.png)", "", "<details><summary>All knobs</summary>", "", "`depth=9`", "", "</details>"]
     (base_dir / "report" / "d9").mkdir(parents=True)
     (base_dir / "report" / "d9.md").write_text("\n".join(report))
-    (base_dir / "report" / "d9" / "curves.png").write_bytes(bytes.fromhex(
-        "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c63f8ffff3f0005fe02fe0def46b80000000049454e44ae426082"))
+    (base_dir / "report" / "d9" / "curves.png").write_bytes(bytes.fromhex(        # one pixel
+        "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c63f8ffff3f0005fe02fe0def46b8"
+        "0000000049454e44ae426082"))
     with run_in_progress(base_dir, "mid", "d9", [step_row(i, mfu=0.5) for i in range(100)]):
         with run_in_progress(base_dir, "base", "d9", [step_row(i, mfu=0.4) for i in range(20_000)]):
             began = time.monotonic()
             page = me.open("#training/base%2Fd9")
             page.wait_for_selector("#numbers >> text=19,999")
             assert time.monotonic() - began < 10
-            assert page.evaluate("Math.max(...[...document.querySelectorAll('path')].map(e => e.getAttribute('d').length))") < 30_000
+            lengths = "[...document.querySelectorAll('path')].map(path => path.getAttribute('d').length)"
+            assert max(page.evaluate(lengths)) < 30_000                  # not 20,000 points
             page.select_option("#beside", "mid/d9")
             page.wait_for_selector("figure:has-text('MFU') .run1 path >> nth=1", state="attached")
             assert page.locator("figure:has-text('MFU') .reading").inner_text() == "4050"
             assert page.locator("#report td").all_inner_texts() == ["1 | 2", "<img src=x>"]
             eventually(lambda: page.evaluate("document.querySelector('#report img').naturalWidth") == 1)
-            assert not page.locator("#report code").is_visible() and page.locator("#report summary").inner_text() == "All knobs"
+            assert page.locator("#report summary").inner_text() == "All knobs"
+            assert not page.locator("#report code").is_visible()
 
 
 @pytest.mark.full
-def test_training_view_of_a_run_that_really_trains(window, base_dir, tmp_path):
+def test_training_view_of_a_run_that_really_trains(window, base_dir):
     """A tiny run beside the server: its curves, its speed, its samples and its end are seen as they come."""
     code = """
 import random
@@ -488,14 +506,16 @@ for shard in (0, VAL_SHARD):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
     me = window(allowed="404")
     page = me.open("#training")
-    trainer = subprocess.Popen([sys.executable, "base_train.py", "--depth=1", "--head_dim=32", "--max_seq_len=128", "--total_batch_size=1024",
-                                "--device=cpu", "--dtype=float32", "--num_iterations=150", "--eval_every=50", "--sample_every=50",
-                                "--core_metric_every=0"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    trainer = subprocess.Popen([sys.executable, "base_train.py", "--depth=1", "--head_dim=32", "--max_seq_len=128",
+                                "--total_batch_size=1024", "--device=cpu", "--dtype=float32", "--num_iterations=150",
+                                "--eval_every=50", "--sample_every=50", "--core_metric_every=0"],
+                               cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     page.wait_for_selector("#run-head >> text=running", timeout=120_000)
     page.wait_for_selector("#numbers >> text=Left", timeout=120_000)
     page.wait_for_selector("#samples p >> nth=6", timeout=120_000)
     assert trainer.wait() == 0
     page.wait_for_selector("#run-head >> text=finished", timeout=15_000)
-    assert "150 of 150" in page.locator("#numbers").inner_text() and page.locator("figure:has-text('Validation') circle").count() == 3
+    assert "150 of 150" in page.locator("#numbers").inner_text()
+    assert page.locator("figure:has-text('Validation') circle").count() == 3
     page.click("#to-chat")
     page.wait_for_selector("#model option[value='base/d1']", state="attached")      # and it can be talked to
