@@ -348,7 +348,7 @@ def test_keyboard_only(window):
             return [e === document.body ? "" : e.getAttribute("aria-label") || e.innerText || e.id, visible]})()"""))
     assert all(visible for _, visible in seen), seen
     order = [name.split("\n")[0] for name, _ in seen]
-    order = order[order.index("To the message"):]
+    order = order[order.index("Skip the list"):]
     names = "Chat, Training, New chat, Conversation, Edit, Copy, Regenerate, message, Model, Compare, Settings, Send".split(", ")
     places = [order.index(name) for name in names]
     assert places == sorted(places), order
