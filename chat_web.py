@@ -20,7 +20,7 @@ import time
 import uuid
 
 from fastapi import Request
-from fastapi.responses import FileResponse, HTMLResponse, StreamingResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 
 from chat import TooLong, prompt_of
 from checkpoint import stage_folder
@@ -185,7 +185,7 @@ def logprobs(job, entries, offset=0):
 
 
 async def whole(job, head, about):
-    """All replies of a job, as a dict."""
+    """All replies of a job at once."""
     texts, entries, finish, tokens = [[] for _ in range(job.n)], [[] for _ in range(job.n)], [""] * job.n, 0
     async for come in pieces(job):
         for piece in come:
@@ -196,7 +196,7 @@ async def whole(job, head, about):
     for i in range(job.n):
         content = {"message": dict(role="assistant", content=joined(texts[i]))} if job.chat else {"text": joined(texts[i])}
         choices.append(dict(index=i, **content, logprobs=logprobs(job, entries[i]), finish_reason=finish[i]))
-    return about | dict(choices=choices, usage=usage(head, tokens))
+    return JSONResponse(about | dict(choices=choices, usage=usage(head, tokens)))
 
 
 def joined(texts):
@@ -297,7 +297,7 @@ def training():
 
 @app.get("/training/{stage}/{tag}")
 def training_rows(stage: str, tag: str, after: str = ""):
-    return found(stage, tag, "log", lambda folder: live.rows_after(folder, after))
+    return found(stage, tag, "log", lambda folder: JSONResponse(live.rows_after(folder, after)))
 
 
 @app.get("/training/{stage}/{tag}/report")

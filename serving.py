@@ -150,7 +150,7 @@ class Model:
 
     def __init__(self, name, slots, device, dtype):
         folder, meta = find_checkpoint(*name.split("/", 1))
-        self.name, self.sha, self.used = name, sha_of(meta), 0.0
+        self.name, self.sha, self.used = name, "", 0.0         # sha: of the newest weights when it was loaded
         self.model, self.tokenizer = load_model(folder, meta, start(device, dtype, meta))
         self.context = self.model.config.sequence_len
         self.batch, self.writing = Batch(self.model, slots, self.context, PIECE), {}
@@ -283,7 +283,7 @@ class Writer(threading.Thread):
                 self.models = [model for model in self.models if model.writing]
                 raise
             self.models.append(model)
-        model.used = time.monotonic()
+        model.sha, model.used = sha, time.monotonic()
         return model
 
 

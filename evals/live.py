@@ -3,6 +3,7 @@ A training run while it goes on, and after: read from its log.jsonl as that grow
 
 reads   <stage>_checkpoints/<model_tag>/{log.jsonl,meta_NNNNNN.json}, and whether the trainer's lock is held
 """
+import contextlib
 import json
 import os
 import re
@@ -22,11 +23,10 @@ def runs():
     found = []
     for stage, parent in FOLDERS.items():
         for tag in os.listdir(base_path(parent)) if os.path.isdir(base_path(parent)) else []:
-            path = base_path(parent, tag, "log.jsonl")
-            if os.path.isfile(path):
-                folder, rows = base_path(parent, tag), last_rows(path)
+            folder, path = base_path(parent, tag), base_path(parent, tag, "log.jsonl")
+            with contextlib.suppress(OSError):                 # no folder of a run, or just moved away
                 found.append(dict(id=f"{stage}/{tag}", stage=stage, tag=tag, running=is_at_work(folder),
-                                  step=max((row["step"] for row in rows), default=0),
+                                  step=max((row["step"] for row in last_rows(path)), default=0),
                                   num_iterations=total_steps(folder), updated=os.path.getmtime(path)))
     return sorted(found, key=lambda run: -run["updated"])
 

@@ -102,7 +102,7 @@ class Guard:
                 await mistake().response()(scope, receive, send_safe)
 
     def admit(self, method, path, headers):
-        """raises Wrong where a request may not come in"""
+        """Nothing, where a request may come in; raises Wrong where it may not."""
         if not self.api_key and not self.is_ours(headers.get(b"host", b"").decode("latin-1")):
             raise Wrong(403, "the Host header names another computer than this server's; open it by the address that it "
                              "printed when it started")
@@ -207,7 +207,7 @@ def page_headers(html):
         return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in found)
 
     return {"content-security-policy": f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
-            "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
 
 
 def listen(host, port):
@@ -224,8 +224,16 @@ class Server(uvicorn.Server):
 
 
 async def serve(app, listener, writer):
-    """Answer until a signal has come, and then let a Writer finish what is `open`, for at most LAST_SECONDS."""
+    """Answer until a signal has come; then the writer (serving.py) finishes what is open, for at most LAST_SECONDS."""
+    told = set()
+
+    def once(loop, context):                               # when there are too many connections it would be thousands of lines
+        if context["message"] not in told:
+            told.add(context["message"])
+            loop.default_exception_handler(context)
+
     writer.loop = asyncio.get_running_loop()
+    writer.loop.set_exception_handler(once)
     writer.start()
     server = Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", access_log=False, log_level="critical",
                                    server_header=False, timeout_graceful_shutdown=2))
@@ -239,7 +247,7 @@ async def serve(app, listener, writer):
                     if not connection.cycle or connection.cycle.response_complete}
             for connection, cycle in idle.items():
                 if before.get(connection, connection) is cycle:
-                    connection.shutdown()
+                    connection.transport.close()
     begin = time.monotonic()
     while writer.open and time.monotonic() - begin < LAST_SECONDS:
         await asyncio.sleep(0.05)
