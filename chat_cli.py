@@ -29,7 +29,7 @@ from plumbing.configurator import configure
 from plumbing.machine import start
 
 prompt = ""                    # -p: ask this, print the answer and end; "" = a conversation
-source = "sft"                 # -i: whose model: base, mid, sft; "" = the furthest there is
+source = "sft"                 # -i: whose model: base, mid, sft, rl; "" = the furthest there is
 model_tag = ""                 # which of the stage's models, like d12; "" = the only one
 step = 0                       # training step of the checkpoint; 0 = the newest
 device = ""                    # cuda, mps or cpu; "" = the best there is

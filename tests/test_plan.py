@@ -35,6 +35,8 @@ def test_every_configuration_is_planned_for_the_card_it_is_meant_for(plan, name)
     assert B * T >= 16384 and need < 38e9
     times = plan["seconds"](k, plan["predicted"]("A100")[0])
     assert list(times) == ["base", "mid", "sft", "report"] and all(rest > 0 for _, rest in times.values())
+    times = plan["seconds"](SimpleNamespace(**vars(k) | dict(rl=True)), plan["predicted"]("A100")[0])
+    assert list(times) == ["base", "mid", "sft", "rl", "report"] and 0 < times["rl"][0] < times["rl"][1] < 2 * 3600
 
 
 @pytest.mark.parametrize("depth, T, B, predicted", [(12, 1024, 64, 16.62e9), (18, 2048, 16, 21.84e9)])
