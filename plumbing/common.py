@@ -260,6 +260,8 @@ class Progress:
         self.seconds, self.tokens = state["seconds"], state["tokens"]
         self.loss, self.step_seconds = Ema(0.9, *state["loss"]), Ema(0.9)
         self.since_line = 0.0                                        # training seconds since the last line
+        if start_step == 0:
+            log.write(0, num_iterations=total_steps)                 # for who reads the log while it grows
 
     def state(self):
         return dict(seconds=self.seconds, tokens=self.tokens, loss=[self.loss.total, self.loss.weight])

@@ -56,6 +56,7 @@ RANGES = {
     "num_threads": (1, 256), "threads": (0, 1024), "fetch_seconds": (1, 10**6), "temperature": (0, 10**6),
     "top_k": COUNT, "max_tokens": SOME, "gpu_hour_price": (0, 10**6), "rounds": (1, 1000), "turns": (1, 1000),
     "steps": COUNT, "minutes": (0, 10**5), "limit": (1, 10**5), "new_tokens": (1, 10**4), "gigabytes": (0, 10**4),
+    "port": (1, 65535), "slots": (1, 1000),
     "base_train.py total_batch_size": (1, 10**8), "chat_rl.py temperature": (0.01, 10**6),
     "plan.py total_batch_size": (1, 10**8), "plan.py vocab_size": (265, 65536),      # 256 bytes and the 9 specials
     "tok_train.py vocab_size": (265, 65536), "tokenizer.py vocab_size": (256, 65536),

@@ -75,7 +75,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("script", ["base_train.py", "mid_train.py", "chat_sft.py", "chat_rl.py", "tok_train.py", "prepare.py",
-                                    "chat_cli.py", "report.py", "plan.py",
+                                    "chat_cli.py", "chat_web.py", "report.py", "plan.py",
                                     "tok_eval.py", "base_eval.py", "chat_eval.py"])
 def test_help_shows_the_docstring_and_every_knob_with_its_comment(script):
     out = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -10,8 +10,8 @@ import pytest
 
 from conftest import ROOT
 
-SCRIPTS = ["base_eval", "base_train", "chat_eval", "chat_cli", "chat_rl", "chat_sft", "mid_train", "plan", "prepare", "report", "tok_eval",
-           "tok_train"]
+SCRIPTS = ["base_eval", "base_train", "chat_eval", "chat_cli", "chat_rl", "chat_sft", "chat_web", "mid_train", "plan", "prepare",
+           "report", "tok_eval", "tok_train"]
 FOLDERS = ["bench", "evals", "plumbing", "tasks"]
 # every file of ours by the name it is imported with, a folder's __init__.py by the folder's
 PATHS = {os.path.relpath(path, ROOT)[:-3].replace(os.sep, ".").removesuffix(".__init__"): path
