@@ -21,13 +21,14 @@ import torch
 
 from checkpoint import (checkpoint_to_resume, find_parent, load_model, load_optimizers, require_finite, save_checkpoint,
                         stage_folder)
+from engine import seed_of
 from muon import build_optimizers, lr_multiplier, set_schedule
 from plumbing import budget, stop
 from plumbing.common import RANK, WORLD_SIZE, Log, Progress, due, duration, print0
 from plumbing.configurator import configure
 from plumbing.fit import fit_micro_batch
 from plumbing.machine import clip, finish, last_pass, leave, start, sum_over_ranks, to_device
-from rollouts import Rollouts, advantages, evaluate_pass_at_k, policy_batches, seed_of
+from rollouts import Rollouts, advantages, evaluate_pass_at_k, policy_batches
 from tasks import gsm8k, is_right, spelling_bee
 
 # where from

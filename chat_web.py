@@ -32,7 +32,7 @@ from plumbing.machine import start
 from plumbing.web import Guard, Wrong, is_loopback, json_object, listen, new_app, page_headers, serve
 from serving import Job, Writer, model_named, models
 
-source = ""                    # -i: whose model answers where none is named: base, mid, sft; "" = the furthest there is
+source = ""                    # -i: whose model answers where none is named: base, mid, sft, rl; "" = the furthest there is
 model_tag = ""                 # which of the stage's models that is, like d12; "" = the newest
 host = "127.0.0.1"             # address to listen at; 0.0.0.0 = all that this computer has, for others in its network
 port = 8000                    # TCP port

@@ -11,6 +11,7 @@ that is over leaves, and the next one takes its place. A row does not notice its
 and draws with random numbers of its own.
 """
 import copy
+import hashlib
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -96,6 +97,11 @@ def in_compute_dtype(model):
         return model
     cast = {id(p): torch.nn.Parameter(p.to(model.compute_dtype), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, cast)                          # which takes what is in this dict for copied already
+
+
+def seed_of(*names):
+    """A seed that is a function of some names and numbers alone; of 32 bits, as a CPU's generator looks at no more."""
+    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:4], "big")
 
 
 @dataclass(eq=False)
@@ -286,7 +292,7 @@ class Engine:
         if not 0 < min(lengths) <= max(lengths) < context:
             raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens; the model takes "
                              f"1 to {context - 1}, so that an answer fits into its context")
-        return [Reply(self.tokenizer, list(prompt), max_tokens, temperature, top_k, top_p, (seed << 20) + i)
+        return [Reply(self.tokenizer, list(prompt), max_tokens, temperature, top_k, top_p, seed_of(seed, i))
                 for i, prompt in enumerate(prompts)], min(context, max(lengths) + max_tokens)
 
     def generate(self, prompts, max_tokens=256, temperature=1.0, top_k=0, seed=0):

@@ -14,7 +14,6 @@ answer and prompt it belongs to (token-level normalisation), and a step with few
 small gradient. The prompt and what the calculator put in are no choices of the model's, and are not scored; the
 <|assistant_end|> that it drew is one.
 """
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ import torch
 
 from chat import text_of
 from data import pad_batch
-from engine import Batch, Reply
+from engine import Batch, Reply, seed_of
 from evals.metrics import crop
 from model import GPT
 from plumbing.common import RANK, WORLD_SIZE
@@ -92,11 +91,6 @@ class Rollouts:
                 answers[reply].drawn.append(int(drawn))
         written = iter(answers.values())
         return [[next(written) for _ in own_seeds] for own_seeds in seeds]
-
-
-def seed_of(*names):
-    """A seed of 64 bits that is a function of some names and numbers alone."""
-    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:8], "big")
 
 
 def advantages(rewards):

@@ -23,7 +23,7 @@ import torch
 
 from chat import StopStrings, TextStream, TooLong
 from checkpoint import FOLDERS, find_checkpoint, load_model, path_of, read_meta, sha_of, stage_folder, tags_of
-from engine import Batch, Reply
+from engine import Batch, Reply, seed_of
 from plumbing import stop
 from plumbing.budget import num_params
 from plumbing.configurator import shown
@@ -159,7 +159,7 @@ class Model:
         """Put the replies of a job into the batch -> Head; raises Wrong or ValueError where the prompt won't do."""
         ids, dropped = job.prompt(self, job.max_tokens)
         for index in range(job.n):
-            reply = Reply(self.tokenizer, ids, job.max_tokens, seed=((job.seed << 20) + index) % 2**63, **job.options)
+            reply = Reply(self.tokenizer, ids, job.max_tokens, seed=seed_of(job.seed, index), **job.options)
             self.writing[reply] = Writing(job, index, reply)
             self.batch.add(reply)
         return Head(self.name, len(ids), dropped)
