@@ -9,7 +9,6 @@ The thread reads the prompt, which may mean to load a model first, and writes th
 Batch for each model. Jobs are begun in the order in which they come.
 """
 import asyncio
-import gc
 import os
 import queue
 import threading
@@ -279,7 +278,6 @@ class Writer(threading.Thread):
                 if not idle:
                     return None
                 self.models.remove(idle.pop())
-            gc.collect()                                       # its memory is needed now
             try:
                 model = Model(name, self.slots, *self.numerics)
             except torch.OutOfMemoryError:                     # who asks again finds more
