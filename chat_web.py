@@ -13,6 +13,7 @@ the replies, and whole() or stream() puts them into the API's words.
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
 packages.require("fastapi", "uvicorn")
 import asyncio
+import gc
 import json
 import os
 import random
@@ -328,6 +329,7 @@ listener = listen(host, port)
 default = [info["id"] for info in models(source, model_tag) if info["default"]]
 print(f"{default[0] if default else 'no model yet, but its training can be watched'}: open "
       f"http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends)", flush=True)
+gc.freeze()                    # the packages are no garbage: to look through them would stop everybody for a quarter of a second
 stop.finish_steps("the replies that are being written")
 asyncio.run(serve(Guard(app, host, api_key, cors), listener, writer))
 raise SystemExit(128 + stop.asked)

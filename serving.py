@@ -9,7 +9,6 @@ The thread reads the prompt, which may mean to load a model first, and writes th
 Batch for each model. Jobs are begun in the order in which they come.
 """
 import asyncio
-import gc
 import os
 import queue
 import threading
@@ -164,13 +163,14 @@ class Model:
             self.batch.add(reply)
         return Head(self.name, len(ids), dropped)
 
+    def let_go(self):
+        """End the replies that nobody waits for -> list of (job, Piece)."""
+        gone = [reply for reply, writing in self.writing.items() if writing.job.gone]
+        return [(writing.job, Piece(writing.index, finish="gone")) for writing in map(self.end, gone)]
+
     def step(self):
         """The next token of every reply -> list of (job, Piece)."""
         pieces = []
-        for reply, writing in list(self.writing.items()):
-            if writing.job.gone:
-                pieces.append((writing.job, Piece(writing.index, finish="gone")))
-                self.end(reply)
         for reply, token, drawn in self.batch.step():
             writing = self.writing[reply]
             piece = writing.feed(token, drawn)
@@ -181,7 +181,7 @@ class Model:
 
     def end(self, reply):
         self.batch.remove(reply)
-        del self.writing[reply]
+        return self.writing.pop(reply)
 
 
 class Writer(threading.Thread):
@@ -233,6 +233,7 @@ class Writer(threading.Thread):
     def write(self):
         """A token of every reply."""
         for model in [model for model in self.models if model.writing]:
+            self.tell(model.let_go())
             try:
                 self.tell(model.step())
             except Exception as error:                         # its cache is half written: it is loaded anew when asked for
@@ -241,7 +242,8 @@ class Writer(threading.Thread):
                 self.tell([(job, wrong_of(error, job)) for job in jobs])
 
     def tell(self, events):
-        self.loop.call_soon_threadsafe(self.deliver, events)
+        if events:
+            self.loop.call_soon_threadsafe(self.deliver, events)
 
     def take_in(self):
         """Begin the jobs that have come; wait for one where there is nothing to do -> False at the end."""
@@ -276,7 +278,6 @@ class Writer(threading.Thread):
                 if not idle:
                     return None
                 self.models.remove(idle.pop())
-            gc.collect()                                       # its memory is needed now
             try:
                 model = Model(name, self.slots, *self.numerics)
             except torch.OutOfMemoryError:                     # who asks again finds more
