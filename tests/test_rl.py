@@ -286,9 +286,9 @@ def test_pass_at_1_is_what_single_answers_have_right():
 
 def test_the_reward_rises(trained, capsys):
     rewards, passed = list(logged(trained, "reward").values()), logged(trained, "pass@1")
-    first, last = rewards[0], statistics.fmean(rewards[-4:])
+    first, last = statistics.fmean(rewards[:4]), statistics.fmean(rewards[-8:])
     print(f"reward {first:.2f} to {last:.2f}, pass@1 {passed}")
-    assert last > first + 0.1 and passed[20] > passed[0] + 0.15      # 43 % of the answers are 1
+    assert last > first + 0.08 and passed[20] > passed[0] + 0.15     # 43 % of the answers are 1, it cannot count
     with pytest.raises(SystemExit):                        # the end of an answer
         run(trained, "chat_cli.py", "-i", "rl", "-p", "How many 'a' are in 'cat'?", "--temperature=0.0")
     assert capsys.readouterr().out.splitlines()[-1] == "#### 1"
@@ -364,5 +364,5 @@ def test_the_report_and_the_tests_know_the_stage(trained, tmp_path):
     run(tmp_path / "copy", "report.py", "--copy_to=")
     page = (tmp_path / "copy/report/d1.md").read_text()
     for words in ("## Reinforcement learning", "BASE | MID | SFT | RL |", "| GSM8K |  | - (0.0250) | - (0.0455) | - (0.0758) |",
-                  "| reward, the share of right answers |", "| pass@1 on held-out problems |", "4 per step with 8 answers to each"):
+                  "| reward, the share of right answers |", "| pass@1 on held-out problems |", "8 per step with 8 answers to each"):
         assert words in page, page
