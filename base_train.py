@@ -139,7 +139,7 @@ for step in range(start_step, total_steps + 1):
     if stopping:
         leave(step, resume)
     if due(step, sample_every, last):
-        metrics.print_samples(model, tokenizer)
+        log.write(step, samples=metrics.print_samples(model, tokenizer))
     if core_metric_every and due(step, core_metric_every, last) and not stop.is_near():
         with stop.cut_short():                                  # minutes, which a signal need not wait for
             _, core_score = core.evaluate_core(model, tokenizer, core_metric_max_per_task)

@@ -2,7 +2,7 @@
 Between messages and tokens: what a chat model is given to read, and what is shown of what it writes.
 
 in    messages, {"role": "user", "content": "..."} as in the API that everybody speaks; tokens, as they come from the engine
-out   prompt_of (a chat as tokens, its oldest turns left out where it is too long), TextStream (tokens as text that can
+out   prompt_of (a chat as tokens, its oldest turns left out where it is too long; else TooLong), TextStream (tokens as text that can
       be shown as it comes), text_of and reply_parts (a whole reply), StopStrings, printable
 """
 import codecs
@@ -11,13 +11,17 @@ import unicodedata
 from tokenizer import SPECIAL_TOKENS
 
 
+class TooLong(ValueError):
+    """A prompt that leaves no room in the context for an answer."""
+
+
 def prompt_of(tokenizer, messages, context, max_tokens):
     """
     The ids up to and including <|assistant_start|>, and how many of the oldest turns were left out.
 
     A turn is a question and its answer. The oldest go, whole, until a quarter of the context (or max_tokens, if that is
     less) is left for the answer; half a turn would confuse the model. The system message stays.
-    raises ValueError, one line, when the messages are not in order, or the last one alone is too long
+    raises ValueError, one line, when the messages are not in order; TooLong when the last one alone is too long
     """
     system, turns = (messages[:1], messages[1:]) if messages and messages[0].get("role") == "system" else ([], messages)
     if not turns or turns[-1].get("role") != "user":
@@ -29,7 +33,7 @@ def prompt_of(tokenizer, messages, context, max_tokens):
             over -= len(tokenizer.render_conversation({"messages": turns[:2]})[0]) - 1     # each has a <|bos|>
             turns = turns[2:]
     if len(ids) >= context:
-        raise ValueError(f"that is {len(ids)} tokens long and the context of this model holds {context}; say it shorter")
+        raise TooLong(f"that is {len(ids)} tokens long and the context of this model holds {context}; say it shorter")
     return ids, (len(messages) - len(system) - len(turns)) // 2
 
 

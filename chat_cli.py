@@ -2,27 +2,34 @@
 Talk to a model in the terminal, from any stage.
 
 reads   <stage>_checkpoints/<model_tag>/, tokenizer/
-writes  nothing; the answer goes to stdout, remarks in (parentheses) to stderr
-run     python chat_cli.py -p "Why is the sky blue?"      one answer
-        python chat_cli.py -i base                        a conversation, until quit or Ctrl-D
+writes  chat_history, for the arrow keys, and what /save names; the answer goes to stdout, remarks in (parentheses) to stderr
+run     python chat_cli.py -p "Why is the sky blue?"      just the answer
+        python chat_cli.py -i base                        a conversation, until quit or Ctrl-D; /help lists the commands
+        python chat_cli.py < questions.txt                each line is a question that stands for itself
 
 A base model knows no questions and answers: it goes on with the text it is given.
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
+import atexit
 import contextlib
+import itertools
+import json
+import os
 import random
+import re
+import signal
 import sys
 
-from chat import TextStream, printable
+from chat import TextStream, printable, prompt_of, reply_parts
 from checkpoint import FOLDERS, find_checkpoint, load_model, tags_of
 from engine import Engine
 from plumbing import stop
-from plumbing.common import base_path
+from plumbing.common import atomic_write, base_path
 from plumbing.configurator import configure
 from plumbing.machine import start
 
 prompt = ""                    # -p: ask this, print the answer and end; "" = a conversation
-source = "sft"                 # -i: whose model: base, mid, sft; "" = the furthest there is
+source = "sft"                 # -i: whose model: base, mid, sft, rl; "" = the furthest there is
 model_tag = ""                 # which of the stage's models, like d12; "" = the only one
 step = 0                       # training step of the checkpoint; 0 = the newest
 device = ""                    # cuda, mps or cpu; "" = the best there is
@@ -33,6 +40,15 @@ max_tokens = 256               # longest answer, in tokens
 seed = 42                      # the same seed gives the same answers; 0 = others every time
 config = configure(globals(), show=False)  # the screen belongs to the conversation
 
+HELP = """/retry         the last question again
+/clear         a new conversation
+/system TEXT   what stands before it
+/temperature X 0 = no chance, 1 = wild
+/save FILE     the conversation as JSON
+//...          a text that begins with /
+Ctrl-C         stops an answer
+/quit, Ctrl-D  leaves, as Ctrl-C twice"""
+
 if prompt and not prompt.strip():
     raise SystemExit("prompt: there is nothing in it to answer; leave it out for a conversation")
 
@@ -42,55 +58,45 @@ def note(text):
     print(f"({text})", file=sys.stderr, flush=True)
 
 
-def fit(turns, turn):
+def answer(earlier, text, warmth, answer_seed):
     """
-    The prompt: <|bos|>, the earlier turns and this one. raises ValueError when it is too long
+    Print the answer to a text as it is written -> (question and answer as messages, did Ctrl-C stop it).
 
-    The oldest turns are taken out of `turns`, whole, until a quarter of the context (or
-    max_tokens, if that is less) is left for the answer. Half a turn would confuse the model.
-    """
-    if len(turn) + 1 >= context:
-        raise ValueError(f"that is {len(turn)} tokens long and the context of this model holds {context}; "
-                         "say it shorter")
-    room = context - min(max_tokens, context // 4) - 1 - len(turn)
-    dropped = 0
-    while turns and sum(map(len, turns)) > room:
-        turns.pop(0)
-        dropped += 1
-    if dropped:
-        note(f"the context of {context} tokens is full: the oldest {dropped} of our turns left out")
-    return [tokenizer.bos, *(token for old in turns for token in old), *turn]
-
-
-def answer(text, turns, answer_seed):
-    """
-    Print the answer to a text as it is written, and add both to turns, a list of tokens each -> did Ctrl-C stop it.
-
+    There are no messages of a base model, and none where Ctrl-C came before the answer began.
     raises ValueError, one line, when the text does not fit the context
     """
-    question = {"messages": [{"role": "user", "content": text}]}
-    turn = tokenizer.encode(text) if stage == "base" else tokenizer.render_for_completion(question)[1:]    # fit adds <|bos|>
-    prompt_ids, stream, reply, stopped = fit(turns, turn), TextStream(tokenizer), [], False
-    if stage == "base":                                # shown before its continuation, so that both are one text
-        print(printable(text), end="", flush=True)
+    question, reply, stream, stopped = {"role": "user", "content": text}, [], TextStream(tokenizer), False
     try:
-        for (token,), _ in engine.generate([prompt_ids], max_tokens, temperature, top_k, answer_seed):
-            reply.append(token)
-            print(printable(stream.feed(token)), end="", flush=True)
+        with stop.ctrl_c_is_mine(terminal):
+            prompt_ids, left_out = ([tokenizer.bos, *tokenizer.encode(text)], 0) if stage == "base" else \
+                prompt_of(tokenizer, [*earlier, question], context, max_tokens)
+            if left_out:
+                note(f"the context of {context} tokens is full: the oldest {left_out} of our turns left out")
+            for (token,), _ in engine.generate([prompt_ids], max_tokens, warmth, top_k, answer_seed):
+                if stage == "base" and not reply:      # shown before its continuation, so that both are one text
+                    print(printable(text), end="")
+                reply.append(token)
+                print(printable(stream.feed(token)), end="", flush=True)
     except KeyboardInterrupt:
         stopped = True
     print(printable(stream.flush()), flush=True)
     if stopped:
-        note("stopped")
+        note("stopped; once more leaves")
     elif reply[-1] not in engine.ends:
         note(f"cut short: the context of {context} tokens is full" if len(reply) < max_tokens
              else f"cut short by max_tokens={max_tokens}")
-    if stage != "base":
-        said = [token for token in reply if token not in engine.ends]
-        turns.append([*turn, *said, tokenizer.special("<|assistant_end|>")])
-    return stopped
+    said = reply_parts(tokenizer, [token for token in reply if token not in engine.ends])
+    return [question, {"role": "assistant", "content": said}] if reply and stage != "base" else [], stopped
 
 
+def keep_history(path):
+    """At the end: what was typed, the newest 1,000 lines, for the arrow keys of the next conversation."""
+    with contextlib.suppress(OSError):                 # a disk that is full is no matter here
+        readline.write_history_file(path)
+        os.chmod(path, 0o600)
+
+
+sys.stdin = sys.stdin or open(os.devnull)              # None: closed by who has started this
 for stream in (sys.stdin, sys.stdout):                 # bytes or letters that do not fit: no crash
     with contextlib.suppress(AttributeError):
         stream.reconfigure(errors="replace")
@@ -102,44 +108,90 @@ folder, meta = find_checkpoint(stage, model_tag, step)
 machine = start(device, dtype, meta)
 model, tokenizer = load_model(folder, meta, machine)
 engine, context = Engine(model, tokenizer), model.config.sequence_len
-terminal = sys.stdin.isatty()
-first_seed = seed or random.SystemRandom().getrandbits(32)
-millions = sum(p.numel() for p in model.parameters()) / 1e6
-note(f"{stage} model {folder}, step {meta['step']}: {millions:.1f}M parameters, "
-     f"context {context} tokens, on {machine.name}")
+seeds = itertools.count(seed or random.SystemRandom().getrandbits(32))     # asked again, a question is drawn anew
+terminal, readline = sys.stdin.isatty() and not prompt, None
+on_screen = terminal and sys.stdout.isatty()
+if not (prompt and source):                            # else the answer alone: who asks knows whom
+    note(f"{stage} model {folder}, step {meta['step']}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
+         f"context {context} tokens, on {machine.name}")
 
-stop.ctrl_c_is_mine()                                  # it stops an answer, not the program
 if prompt:
     try:
-        stopped = answer(prompt.strip(), [], first_seed)
+        answer([], prompt.strip(), temperature, next(seeds))
     except ValueError as error:
         raise SystemExit(f"prompt: {error}") from None
-    raise SystemExit(130 if stopped else 0)            # 130: what a shell expects after Ctrl-C
+    raise SystemExit(0)
 if terminal:
-    with contextlib.suppress(ImportError):             # arrow keys and history, where there is one
-        import readline  # noqa: F401
-    note("quit, exit or Ctrl-D ends, clear starts over, Ctrl-C stops an answer")
+    with contextlib.suppress(ImportError, OSError):    # arrow keys and what was typed before, where there are any
+        import readline
+        readline.set_history_length(1000)
+        atexit.register(keep_history, base_path("chat_history"))
+        readline.read_history_file(base_path("chat_history"))
+    note("/help lists the commands, quit or Ctrl-D ends, Ctrl-C stops an answer")
 
 # read, answer, remember, until the end of the input; in a file of questions each line stands for itself
-turns, asked = [], 0
+system, turns, before = [], [], []                     # messages; before the last question there were those in `before`
+question, warmth, stopped = "", temperature, False     # the last one, the temperature now, whether Ctrl-C came last
+longest = max(4096, context * max(map(len, tokenizer.ranks)))      # characters that could fit into the context, or name a file
 while True:
     try:
-        text = input("> " if terminal else "").strip()
+        with stop.ctrl_c_is_mine(terminal):
+            if terminal and not on_screen:             # into a file or a pipe goes only what the model says
+                print("> ", end="", file=sys.stderr, flush=True)
+            text, stopped = input("> " if on_screen else "").strip(), False
     except EOFError:
+        print(end="\n" if terminal else "", file=sys.stderr)      # the shell goes on in a line of its own
         break
-    except KeyboardInterrupt:                          # at the prompt it only empties the line
-        if not terminal:
-            raise SystemExit(130) from None
-        note("quit, exit or Ctrl-D ends")
+    except KeyboardInterrupt:                          # it empties the line; with nothing in it, a second one leaves
+        if stopped and not (readline and readline.get_line_buffer()):
+            stop.told(signal.SIGINT, None)
+        stopped = True
+        note("once more, quit or Ctrl-D ends")
         continue
-    if text.lower() in ("quit", "exit"):
-        break
-    if text.lower() == "clear":
-        turns = []
-        note("a new conversation")
-    elif text:
-        try:
-            answer(text, turns if terminal else [], first_seed + asked)
-        except ValueError as error:
-            note(error)
-        asked += 1                                     # asked again, a question is drawn anew
+    # a word after a slash is a command, unlike "/usr/bin is what?"; these three are without one, too
+    command = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?|(quit|exit|clear)", text, re.DOTALL | re.IGNORECASE)
+    try:
+        if len(text) > longest:                        # not even counted: that could take minutes
+            raise ValueError(f"{len(text):,} characters are too many for a context of {context} tokens; say it shorter")
+        match ((command[1] or command[3]).lower(), command[2] or "") if command else ("", text):
+            case "", "":
+                pass
+            case "quit" | "exit", "":
+                break
+            case "help", "":
+                note(HELP)
+            case "clear", "":
+                system, turns, before = [], [], []
+                note("a new conversation")
+            case "system" | "save", _ if stage == "base":
+                raise ValueError("a base model goes on with a text: there is no conversation")
+            case "system", words:
+                if words:
+                    new = {"role": "system", "content": words}         # tried out, as it may be too long
+                    prompt_of(tokenizer, [new, {"role": "user", "content": ""}], context, max_tokens)
+                    system = [new]
+                note(f"system: {printable(system[0]['content'])}" if system else "there is no system message")
+            case "temperature", number:
+                if number:
+                    warmth = configure(dict(config, __file__=__file__), [f"--temperature={number}"], show=False)["temperature"]
+                note(f"temperature {warmth:g}")
+            case "save", path:
+                path = os.path.expanduser(path)
+                if not (turns and path) or os.path.lexists(path) or not os.path.isdir(os.path.dirname(path) or "."):
+                    raise ValueError("/save FILE: after an answer, to a new file in a folder that is there")
+                with atomic_write(path, "w") as f:     # a line as in identity_conversations.jsonl
+                    f.write(json.dumps(system + turns, ensure_ascii=False) + "\n")
+                note(f"saved as {path}")
+            case "retry", "" if not question:
+                raise ValueError("nothing was asked yet")
+            case ("", _) | ("retry", ""):
+                if not command:
+                    question, before = re.sub("^//", "/", text), turns if terminal else []
+                said, stopped = answer(system + before, question, warmth, next(seeds))
+                turns = before + said if said else turns
+            case _:
+                raise ValueError(f"{text[:30]!r}: no such command; /help lists them, //... is for the model")
+    except (ValueError, SystemExit) as error:          # SystemExit: of a knob or a disk, with a line; a signal goes on
+        if isinstance(error, stop.Stopped):
+            raise
+        note(error)

@@ -20,7 +20,7 @@ from plumbing.configurator import configure
 from plumbing.machine import finish, start
 from tasks import all_tests, is_right, who_is
 
-source = "sft"                 # -i: whose model: base, mid or sft
+source = "sft"                 # -i: whose model: base, mid, sft or rl
 model_tag = ""                 # which model of that stage, like d12; "" = the only one there is
 step = 0                       # training step of the checkpoint; 0 = the newest
 tasks = ""                     # -a: names with commas between; "" = all

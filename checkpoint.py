@@ -27,18 +27,20 @@ from plumbing.machine import PATIENCE, barrier, free_memory
 from tokenizer import load_tokenizer
 
 # the stages in their order: where their models are, what trains them, and the code that their weights depend on
-FOLDERS = dict(base="base_checkpoints", mid="mid_checkpoints", sft="chatsft_checkpoints")
-SCRIPTS = dict(base="base_train.py", mid="mid_train.py", sft="chat_sft.py")
+FOLDERS = dict(base="base_checkpoints", mid="mid_checkpoints", sft="chatsft_checkpoints",
+               rl="chatrl_checkpoints")
+SCRIPTS = dict(base="base_train.py", mid="mid_train.py", sft="chat_sft.py", rl="chat_rl.py")
 CODE = dict(base=("model.py", "muon.py", "data.py", SCRIPTS["base"]),
             mid=("model.py", "muon.py", *TASK_CODE, SCRIPTS["mid"]),
-            sft=("model.py", "muon.py", *TASK_CODE, SCRIPTS["sft"]))
+            sft=("model.py", "muon.py", *TASK_CODE, SCRIPTS["sft"]),
+            rl=("model.py", "muon.py", "engine.py", "chat.py", "rollouts.py", *TASK_CODE, SCRIPTS["rl"]))
 
 # what the meta of a checkpoint has to have, of whatever version
 NEEDED = {"step", "num_iterations", "config", "model_config", "tokenizer", "world_size", "files"}
 
 # knobs that may differ when a run is continued: they change how it runs or what it prints
 FREE_KNOBS = {"run", "resume", "model_tag", "source_tag", "device", "dtype", "device_batch_size", "compile_model",
-              "gradient_checkpointing", "save_every", "eval_every", "eval_tokens", "eval_examples", "sample_every", "eval_metrics_every",
+              "gradient_checkpointing", "save_every", "eval_every", "eval_tokens", "eval_examples", "eval_samples", "sample_every", "eval_metrics_every",
               "eval_metrics_max_problems", "core_metric_every", "core_metric_max_per_task", "final_eval_tokens"}
 
 
@@ -275,8 +277,8 @@ def checkpoint_to_resume(stage, folder, config, resume, source=None):
     if is_finished(meta):
         if RANK == 0:
             shutil.rmtree(os.path.join(folder, "tokens"), ignore_errors=True)     # a crash may have left them
-        result = ", ".join(f"{key.replace('_', ' ')} {meta[key]:.4f}" for key in ("val_bpb", "val_loss") if key in meta)
-        print0(f"{SCRIPTS[stage][:-3]}: finished already, {meta['step']} steps in {folder}, {result}")
+        result = [f"{key.replace('_', ' ')} {meta[key]:.4f}" for key in ("val_bpb", "val_loss") if key in meta]
+        print0(", ".join([f"{SCRIPTS[stage][:-3]}: finished already, {meta['step']} steps in {folder}", *result]))
         raise SystemExit(0)
     return meta
 
@@ -285,7 +287,8 @@ def set_aside(folder, meta):
     """The shell command that moves a model and all that were trained from it out of the way."""
     others = [stage_folder(stage, tag) for stage in FOLDERS for tag in tags_of(stage)]
     moves = []
-    for old in [folder, *(other for other in others if sha_of(meta) in [s["sha256"] for s in sources(read_meta(other))])]:
+    own = meta.get("stage"), sha_of(meta)            # the stage as well: one that had nothing to learn has its source's weights
+    for old in [folder, *(other for other in others if own in [(s["stage"], s["sha256"]) for s in sources(read_meta(other))])]:
         new = f"{old}.old"
         while os.path.exists(new):
             new += "er"
@@ -338,7 +341,7 @@ def stage_folder(stage, model_tag):
 
 def tags_of(stage):
     """The tags of a stage that have a checkpoint, in order."""
-    parent = base_path(FOLDERS[stage])
+    parent = os.path.dirname(stage_folder(stage, "any"))
     return sorted(t for t in (os.listdir(parent) if os.path.isdir(parent) else []) if steps_in(os.path.join(parent, t)))
 
 

@@ -10,6 +10,8 @@ of the whole text. Each row of the cache stands at a position of its own, so rep
 that is over leaves, and the next one takes its place. A row does not notice its neighbours: it sees its own text alone
 and draws with random numbers of its own.
 """
+import copy
+import hashlib
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -17,6 +19,9 @@ import torch
 
 from plumbing.calculator import calculate
 from tokenizer import Tokenizer
+
+STRIDE_CPU = 64        # tokens of each prompt that are read at a time, at least: fewer take almost as long
+STRIDE_GPU = 1024      # on a GPU, where another pass costs more than tokens that only fill up
 
 
 class KVCache:
@@ -34,6 +39,7 @@ class KVCache:
         # zeros, as what nobody may see is still multiplied, by 0
         self.kv = torch.zeros(config.n_layer, 2, B, config.n_kv_head, max_len, config.n_embd // config.n_head,
                               dtype=model.compute_dtype, device=model.device)
+        self.row, self.head, self.position = (torch.arange(self.kv.size(dim), device=model.device) for dim in (2, 3, 4))
         self.lengths, self.used = [0] * B, B
 
     def begin(self, T):
@@ -42,26 +48,28 @@ class KVCache:
 
         returns  their positions: a slice for all rows, or (B, 1)
         """
-        lengths = self.lengths[:self.used]
+        lengths, device = self.lengths[:self.used], self.kv.device
         low, high = min(lengths), max(lengths)
-        assert high + T <= self.kv.size(4), f"the cache holds {self.kv.size(4)} tokens, not {high + T}"
+        end = high + T
+        assert end <= self.kv.size(4), f"the cache holds {self.kv.size(4)} tokens, not {end}"
         assert low == high or T == 1, "rows of different lengths take one token at a time"
-        self.end = high + T
+        # what the layers have in common is made once: views of their memory, where to write, whom nobody may see
+        self.layers = list(zip(*self.kv[:, :, :self.used, :, :end].unbind(1)))     # (keys, values): (B, H_kv, end, D) both
         if low == high:
-            self.at, self.mask = slice(low, self.end), causal_mask(T, self.end, self.kv.device)
-            return self.at
-        self.at = torch.tensor(lengths, device=self.kv.device)
-        self.mask = (torch.arange(self.end, device=self.kv.device) <= self.at[:, None])[:, None, None]   # (B, 1, 1, end)
-        return self.at[:, None]
+            self.places, self.mask = (slice(None), slice(None), slice(low, end)), causal_mask(T, end, device)
+            return slice(low, end)
+        at = torch.tensor(lengths, device=device)[:, None]                         # (B, 1)
+        self.places = self.row[:self.used, None, None], self.head[:, None], at[:, :, None]
+        unseen = self.position[:end] > at
+        # -inf is added to a score; of True and False every layer would make that anew
+        mask = torch.zeros_like(unseen, dtype=self.kv.dtype).masked_fill_(unseen, -torch.inf)
+        self.mask = mask[:, None, None]                                            # (B, 1, 1, end)
+        return at
 
     def append(self, layer, k, v):
         """Add k, v (B, H_kv, T, D) of the new tokens -> the layer's keys and values (B, H_kv, end, D), and the mask."""
-        keys, values = self.kv[layer, 0, :self.used, :, :self.end], self.kv[layer, 1, :self.used, :, :self.end]
-        for kept, new in ((keys, k), (values, v)):
-            if isinstance(self.at, slice):
-                kept[:, :, self.at] = new
-            else:
-                kept[torch.arange(self.used, device=kept.device), :, self.at] = new[:, :, 0]
+        keys, values = self.layers[layer]
+        keys[self.places], values[self.places] = k, v
         return keys, values, self.mask
 
     def advance(self, T):
@@ -77,6 +85,23 @@ class KVCache:
 def causal_mask(T, T_all, device):
     """Which of T_all tokens the last T of them see, (T, T_all); None where attention knows: all of them are new, or one."""
     return None if T in (1, T_all) else torch.ones(T, T_all, dtype=torch.bool, device=device).tril(T_all - T)
+
+
+def in_compute_dtype(model):
+    """
+    The model with its weights in the type that they are multiplied in, so that no token waits until they are cast.
+
+    The logits are the same to the last bit: what is float32 but for the weights stays so.
+    """
+    if model.compute_dtype == torch.float32:
+        return model
+    cast = {id(p): torch.nn.Parameter(p.to(model.compute_dtype), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, cast)                          # which takes what is in this dict for copied already
+
+
+def seed_of(*names):
+    """A seed that is a function of some names and numbers alone; of 32 bits, as a CPU's generator looks at no more."""
+    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:4], "big")
 
 
 @dataclass(eq=False)
@@ -174,12 +199,13 @@ class Batch:
     """
 
     def __init__(self, model, slots, max_len, piece=0):
-        self.model, self.slots, self.piece = model, slots, piece or max_len
+        self.model, self.slots, self.piece = in_compute_dtype(model), slots, piece or max_len
+        self.stride = STRIDE_CPU if model.device.type == "cpu" else STRIDE_GPU
         self.cache = KVCache(model, slots, max_len)
         self.waiting = deque()
         self.reading = []      # replies whose prompts are being read, into a cache of their own
         self.rows = []         # replies that are being written, in the order of the cache's rows
-        self.logits = None     # (B, V) of what follows in each row
+        self.logits = torch.empty(0, model.config.vocab_size, device=model.device)     # (B, V) of what follows in each row
 
     def add(self, reply):
         """A Reply joins; it ends when it has no tokens left to get, or max_len are reached."""
@@ -215,38 +241,36 @@ class Batch:
         return settled
 
     def read(self):
-        """Read a piece of the prompts of those who come in; at their end they have a row each and logits."""
+        """Read `piece` tokens of the prompts of those who come in; who is through has a row and logits from then on."""
         if not self.reading:
-            self.reading = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.slots - len(self.rows)))]
+            free = self.slots - len(self.rows)
+            if not (free and self.waiting):
+                return
+            come = [self.waiting.popleft() for _ in range(min(len(self.waiting), free))]
+            self.reading = sorted(come[::-1], key=lambda reply: len(reply.prompt), reverse=True)
             self.prompts = list(dict.fromkeys(tuple(reply.prompt) for reply in self.reading))   # equal ones are read once
-            self.done, self.ends = 0, None
+            self.read_cache = KVCache(self.model, len(self.prompts), len(self.prompts[0]))
+        device, stop = self.model.device, self.read_cache.lengths[0] + self.piece
+        while self.reading and (done := self.read_cache.lengths[0]) < stop:
+            # to the end of the shortest prompt, or a stride; what it lacks is filled up at the right, where a causal
+            # model sees nothing
+            end = min(stop, len(self.prompts[0]), max(len(self.prompts[-1]), done + self.stride))
+            idx = [prompt[done:end] + (0,) * (end - len(prompt)) for prompt in self.prompts]
+            last = [min(end, len(prompt)) - done - 1 for prompt in self.prompts]
+            self.read_cache.used = len(idx)
+            logits = self.model(torch.tensor(idx, device=device), kv_cache=self.read_cache,
+                                positions=torch.tensor(last, device=device))
+            held, joined = self.logits[:len(self.rows)], []
+            while self.reading and len(self.reading[-1].prompt) <= end:
+                reply = self.reading.pop()
+                joined.append(self.prompts.index(tuple(reply.prompt)))
+                self.cache.copy(len(self.rows), self.read_cache, joined[-1], len(reply.prompt))
+                reply.generator = torch.Generator(device).manual_seed(reply.seed)
+                self.rows.append(reply)
+            self.logits = torch.cat((held, logits[joined]))
+            self.prompts = [prompt for prompt in self.prompts if len(prompt) > end]
         if not self.reading:
-            return
-        device, longest = self.model.device, max(map(len, self.prompts))
-        if self.done == 0:
-            self.read_cache = KVCache(self.model, len(self.prompts), longest)
-        piece = slice(self.done, min(self.done + self.piece, longest))
-        idx = torch.zeros(len(self.prompts), piece.stop - piece.start, dtype=torch.int64)
-        for row, prompt in zip(idx, self.prompts):             # filled up at the right, where a causal model sees nothing
-            row[:len(prompt[piece])] = torch.tensor(prompt[piece])
-        end = torch.tensor([len(prompt) - 1 for prompt in self.prompts])
-        logits = self.model(idx.to(device), kv_cache=self.read_cache,
-                            positions=(end - self.done).clamp(0, idx.size(1) - 1).to(device))
-        here = (end >= piece.start) & (end < piece.stop)
-        self.ends = logits if self.ends is None else torch.where(here[:, None].to(device), logits, self.ends)
-        self.done = piece.stop
-        if self.done < longest:
-            return
-        which = {prompt: i for i, prompt in enumerate(self.prompts)}
-        for reply in self.reading:
-            prompt = tuple(reply.prompt)
-            self.cache.copy(len(self.rows), self.read_cache, which[prompt], len(prompt))
-            reply.generator = torch.Generator(device).manual_seed(reply.seed)
-            self.rows.append(reply)
-        joined = self.ends[[which[tuple(reply.prompt)] for reply in self.reading]]
-        before = len(self.rows) - len(self.reading)
-        self.logits = torch.cat([self.logits, joined]) if before else joined
-        self.reading, self.read_cache = [], None
+            self.read_cache = None
 
 
 class Engine:
@@ -268,7 +292,7 @@ class Engine:
         if not 0 < min(lengths) <= max(lengths) < context:
             raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens; the model takes "
                              f"1 to {context - 1}, so that an answer fits into its context")
-        return [Reply(self.tokenizer, list(prompt), max_tokens, temperature, top_k, top_p, (seed << 20) + i)
+        return [Reply(self.tokenizer, list(prompt), max_tokens, temperature, top_k, top_p, seed_of(seed, i))
                 for i, prompt in enumerate(prompts)], min(context, max(lengths) + max_tokens)
 
     def generate(self, prompts, max_tokens=256, temperature=1.0, top_k=0, seed=0):

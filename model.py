@@ -207,12 +207,13 @@ class GPT(nn.Module):
         """The parameters Muon trains: every matrix between the embedding and the head."""
         return list(self.transformer.h.parameters())
 
-    def forward(self, idx, targets=None, kv_cache=None, positions=None):
+    def forward(self, idx, targets=None, kv_cache=None, positions=None, weights=None):
         """
         idx        (B, T) int64 token ids
         targets    (B, T) int64, the token wanted after each; -1 = not scored
         kv_cache   engine.KVCache: idx continues what it holds, and is added to it
         positions  (B,) int64: the one place in each row whose logits are wanted
+        weights    (B,) float32: how often the losses of each row count, which may be negative; None = once
 
         returns  logits (B, T, V) float32, or (B, V) at the positions; with targets the loss instead, in nats,
                  summed over the scored tokens
@@ -226,10 +227,12 @@ class GPT(nn.Module):
         if self.compiled_parts:
             self.compiled_shapes.add(idx.shape)
         x, y = trunk(idx, kv_cache).flatten(0, 1), targets.flatten()       # (B*T, C), (B*T,)
+        if weights is not None:
+            weights = weights[:, None].expand_as(targets).flatten()        # (B*T,)
         if x.device.type == "cpu" and (y < 0).any():
             # a CPU skips the tokens nobody scores; a GPU would have to wait to learn how many there are
-            x, y = x[y >= 0], y[y >= 0]
-        return capped_cross_entropy(x, self.lm_head.weight, y, chunk)
+            x, y, weights = x[y >= 0], y[y >= 0], None if weights is None else weights[y >= 0]
+        return capped_cross_entropy(x, self.lm_head.weight, y, chunk, weights)
 
     @torch.no_grad()
     def score(self, idx, targets, kv_cache=None):
@@ -282,16 +285,18 @@ def chunks(x, weight):
     return [slice(start, start + size) for start in range(0, max(1, N), size)]  # of no tokens one, which is empty
 
 
-def loss_chunk(x, w, y, grad_w):
+def loss_chunk(x, w, y, grad_w, weights=None):
     """
     The loss of n tokens, see CappedCrossEntropy, and its gradients.
 
-    x (n, C), w (V, C) of x's type, y (n,); grad_w (V, C) float32: the gradient of w is added to it
+    x (n, C), w (V, C) of x's type, y (n,); grad_w (V, C) float32: the gradient of w is added to it; weights (n,)
     returns  the loss, float32, and the gradient of x
     """
     # tanh(u) = 2 sigmoid(2u) - 1, so with s = sigmoid(2 z / cap) the capped logit is 2 cap s - cap
     s = F.linear(x, w).float().mul_(2 / LOGIT_CAP).sigmoid_()                        # (n, V)
     scored, y = (y >= 0).float()[:, None], y.clamp(min=0)[:, None]                   # (n, 1) both
+    if weights is not None:
+        scored = scored * weights[:, None]
     if torch.compiler.is_compiling():
         # two passes over the product make d, and nothing else of (n, V) is stored: logits this small need no maximum
         # taken off before exp, and one number in a row is picked and marked by comparing
@@ -318,8 +323,8 @@ def score_chunk(x, w, y):
 
 
 @torch.compiler.disable(recursive=False)       # a graph never holds the loop: see compiled(); torch 2.11 would lose gradients
-def capped_cross_entropy(x, weight, targets, chunk):
-    return CappedCrossEntropy.apply(x, weight, targets, chunk)
+def capped_cross_entropy(x, weight, targets, chunk, weights):
+    return CappedCrossEntropy.apply(x, weight, targets, chunk, weights)
 
 
 class CappedCrossEntropy(torch.autograd.Function):
@@ -329,7 +334,7 @@ class CappedCrossEntropy(torch.autograd.Function):
         scored = targets >= 0
         logits = 15 * tanh(x @ weight.T / 15)
         losses = logsumexp(logits, dim=1) - logits[arange(N), targets]
-        return losses[scored].sum()
+        return (weights * losses)[scored].sum()
 
     At V = 65,536 the logits and their gradient would need as much memory as the whole rest of a
     d12 step. Here they exist for a few thousand tokens at a time: each chunk's loss is taken and
@@ -339,12 +344,12 @@ class CappedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk=loss_chunk):
-        """x (N, C), weight (V, C) float32, targets (N,) int64 with -1 = not scored -> nats, float32"""
+    def forward(ctx, x, weight, targets, chunk=loss_chunk, weights=None):
+        """x (N, C), weight (V, C) float32, targets (N,) int64 with -1 = not scored, weights (N,), None = 1 -> nats, float32"""
         total, w = torch.zeros((), device=x.device), weight.to(x.dtype)
         grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
         for rows in chunks(x, weight):
-            loss, grad_x[rows] = chunk(x[rows], w, targets[rows], grad_w)
+            loss, grad_x[rows] = chunk(x[rows], w, targets[rows], grad_w, None if weights is None else weights[rows])
             total += loss
         ctx.save_for_backward(grad_x, grad_w)
         return total
@@ -352,7 +357,7 @@ class CappedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None, None
+        return grad_x * grad, grad_w * grad, None, None, None
 
 
 def compiled(model):

@@ -5,7 +5,7 @@
 # what may be set from outside: what is set is said, and plan.py refuses a name that is nearly one of these
 VARIABLES="CONFIG DEPTH MAX_SEQ_LEN TOTAL_BATCH_SIZE BASE_ITERATIONS MID_ITERATIONS SFT_ITERATIONS DATA_SHARDS MAX_CHARS VOCAB_SIZE
     SAVE_EVERY CORE_METRIC_EVERY CORE_ITEMS EVAL_PROBLEMS DEVICE_BATCH_SIZE SFT_BATCH_SIZE GRADIENT_CHECKPOINTING MODEL_TAG BASE_TAG
-    NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT WANDB_RUN NANOCHAT_BASE_DIR NANOCHAT_MIRROR HF_ENDPOINT PLAN PYTHON"
+    RL RL_ITERATIONS NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT WANDB_RUN NANOCHAT_BASE_DIR NANOCHAT_MIRROR HF_ENDPOINT PLAN PYTHON"
 printf 'settings:'
 for name in $VARIABLES; do
     if [ -n "${!name:-}" ]; then printf ' %s=%s' "$name" "${!name}"; fi
@@ -14,6 +14,7 @@ echo
 
 case "${NPROC:-1}${NNODES:-1}${NODE_RANK:-0}" in *[!0-9]*) echo "NPROC, NNODES and NODE_RANK must be whole numbers" >&2; exit 1 ;; esac
 case "${NNODES:-1}:${MASTER_ADDR:-}" in 1:*|*:?*) ;; *) echo "NNODES=$NNODES: MASTER_ADDR must name the first machine, NODE_RANK say which this one is (0, 1, ...)" >&2; exit 1 ;; esac
+case "${RL:-0}" in 0|1) ;; *) echo "RL=$RL: must be 1, reinforcement learning after fine-tuning, or 0" >&2; exit 1 ;; esac
 configuration                         # the driver's table: the values of $CONFIG
 # DEPTH                                 layers; the one dial of model size
 # MAX_SEQ_LEN                           tokens in a row, and the context of the chat
@@ -24,6 +25,7 @@ configuration                         # the driver's table: the values of $CONFI
 : "${VOCAB_SIZE:=65536}"                # tokens in the vocabulary
 : "${BASE_ITERATIONS:=0}"               # optimizer steps; 0 = 20 tokens per parameter
 : "${MID_ITERATIONS:=0}" "${SFT_ITERATIONS:=0}"    # 0 = one epoch of the mixture
+: "${RL:=0}" "${RL_ITERATIONS:=0}"      # 1 = reinforcement learning after fine-tuning; its steps, 0 = one epoch of GSM8K
 : "${CORE_METRIC_EVERY:=0}"             # steps between evaluations of CORE while training; 0 = never
 : "${CORE_ITEMS:=0}"                    # items of each CORE task; 0 = all
 : "${EVAL_PROBLEMS:=0}"                 # problems of each chat task; 0 = all
@@ -47,7 +49,7 @@ plan_flags=(--depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$T
     --num_iterations="$BASE_ITERATIONS" --mid_iterations="$MID_ITERATIONS" --sft_iterations="$SFT_ITERATIONS"
     --num_shards="$DATA_SHARDS" --num_processes="$((10#$NPROC * 10#$NNODES))" --gradient_checkpointing="$GRADIENT_CHECKPOINTING"
     --device_batch_size="$DEVICE_BATCH_SIZE" --sft_batch_size="${SFT_BATCH_SIZE:-4}" --core_metric_every="$CORE_METRIC_EVERY"
-    --core_items="$CORE_ITEMS" --eval_problems="$EVAL_PROBLEMS")
+    --core_items="$CORE_ITEMS" --eval_problems="$EVAL_PROBLEMS" --rl="$RL" --rl_iterations="$RL_ITERATIONS")
 if [ "$CONFIG" = tiny ]; then plan_flags+=(--tiny=1 --head_dim="$(of base head_dim)" --sft_batch_size="${SFT_BATCH_SIZE:-0}"); fi
 plan() { "$1" plan.py "${plan_flags[@]}" --known="$VARIABLES" --given="$(compgen -e)" "${@:2}"; }
 # a CPU thread that has nothing to do looks for work some microseconds long, then sleeps: sleeping at once makes a step
@@ -99,10 +101,11 @@ if [ "$NODE_RANK" = 0 ]; then
 fi
 if [ "$CONFIG" = tiny ]; then
     base_flags=(config/tiny_base.py) mid_flags=(config/tiny_mid.py) sft_flags=(config/tiny_sft.py ${SFT_BATCH_SIZE:+"--device_batch_size=$SFT_BATCH_SIZE"})
+    rl_flags=(config/tiny_rl.py)
     base_tests=(--tasks=bpb,samples) chat_tests=(--embedded=1 --max_tokens=160) references=    # tests of its own, no download
 else
     base_flags=(--core_metric_every="$CORE_METRIC_EVERY") mid_flags=(--embedded=0) sft_flags=(--device_batch_size="${SFT_BATCH_SIZE:-4}")
-    base_tests=(--core_max_per_task="$CORE_ITEMS") chat_tests=(--max_problems="$EVAL_PROBLEMS") references=gpt2,cl100k_base
+    rl_flags=(--task=gsm8k) base_tests=(--core_max_per_task="$CORE_ITEMS") chat_tests=(--max_problems="$EVAL_PROBLEMS") references=gpt2,cl100k_base
 fi
 # every command is shown as it can be typed; what is no training runs on the first machine alone, in the folder all of them see
 show() { printf '$'; printf ' %q' "$@"; echo; }
@@ -174,9 +177,19 @@ launch chat_sft.py "${sft_flags[@]}" --source_tag="$MODEL_TAG" --model_tag="$MOD
     --save_every="$SAVE_EVERY" --run="$WANDB_RUN" --resume=1
 launch chat_eval.py --source=sft --model_tag="$MODEL_TAG" --resume=1 "${chat_tests[@]}"
 
-stage "6. report and a first question"
+last=sft
+if [ "$RL" = 1 ]; then
+    last=rl
+    stage "6. reinforcement learning: what was right becomes likelier"
+    launch chat_rl.py "${rl_flags[@]}" --source_tag="$MODEL_TAG" --model_tag="$MODEL_TAG" --num_iterations="$RL_ITERATIONS" \
+        --gradient_checkpointing="$GRADIENT_CHECKPOINTING" --run="$WANDB_RUN" --resume=1
+    launch chat_eval.py --source=rl --model_tag="$MODEL_TAG" --resume=1 "${chat_tests[@]}"
+fi
+
+stage "$((6 + RL)). report and a first question"
 run python report.py --model_tag="$MODEL_TAG"
-ask sft "$MODEL_TAG"
+ask "$last" "$MODEL_TAG"
 stage ""
 printf '\n'; printf '%s\n' "${times[@]}"; printf '%6d s  in all\n\n' "$SECONDS"
-printf 'Talk to it:   NANOCHAT_BASE_DIR=%q .venv/bin/python chat_cli.py --model_tag=%q\n' "$NANOCHAT_BASE_DIR" "$MODEL_TAG"
+printf 'Talk to it:   NANOCHAT_BASE_DIR=%q .venv/bin/python chat_cli.py -i %s --model_tag=%q\n' "$NANOCHAT_BASE_DIR" "$last" "$MODEL_TAG"
+printf 'in a browser: NANOCHAT_BASE_DIR=%q .venv/bin/python chat_web.py\n' "$NANOCHAT_BASE_DIR"

@@ -30,6 +30,8 @@ num_iterations = 0             # base steps; 0 = target_param_data_ratio tokens 
 target_param_data_ratio = 20.0
 mid_iterations = 0             # 0 = one epoch, about 0.4 billion tokens
 sft_iterations = 0             # 0 = one epoch, about 720 steps of 32 conversations
+rl = False                     # 1 = reinforcement learning after it
+rl_iterations = 0              # 0 = one epoch of GSM8K, 467 steps of 16 problems with 16 answers to each
 num_shards = 0                 # shards of text to download
 vocab_size = 65536
 device_batch_size = 0          # rows per micro-batch; 0 = the most that fit
@@ -47,14 +49,14 @@ given = ""                     # names of the variables that are set; one that i
 config = configure(globals(), show=False)
 stop.listen()
 
-NAMES = dict(base="pretraining", mid="mid-training", sft="fine-tuning", report="report, questions")
-PROGRAMS = dict(base=3, mid=3, sft=2, report=2)       # that a stage starts: to train, to test, to ask a question
+NAMES = dict(base="pretraining", mid="mid-training", sft="fine-tuning", rl="reinforcement", report="report, questions")
+PROGRAMS = dict(base=3, mid=3, sft=2, rl=2, report=2)       # that a stage starts: to train, to test, to ask a question
 SHARD_DISK = SHARD_BYTES + 2 * SHARD_TOKENS           # the parquet file and its tokens
 TASK_DISK = 1.6e9              # conversations and questions, and the tokens made from them
 CORE_ITEMS = 91037             # in 22 tasks
 CORE_TOKENS = 600              # that one is read in: 530 in rows of 1,024, 725 in rows of 2,048
 MID_EPOCH = 0.4e9              # tokens of mid-training's conversations
-SFT_EPOCH = 720                # steps of fine-tuning
+SFT_EPOCH, RL_EPOCH = 720, 467  # steps of fine-tuning, and of reinforcement learning
 # What the stages read. Measured 2026-11, of the tiny run on its own conversations, of the others on real ones but for
 # SmolTalk's, which were not at hand: they are taken to have 700 tokens, with which fine-tuning's have 400 on average.
 DATA = dict(
@@ -63,9 +65,14 @@ DATA = dict(
               bpb=0.06, last_bpb=dict(base=222e3, mid=12e3),    # tokens evaluated, per token trained and at the end
               sft_every=15, sft_val=100,              # steps between evaluations of fine-tuning, conversations in one
               quick=0,                                # answers written in each of its tests
-              answers=(18, 200, 100), longest=54),    # chat_eval.py's questions; tokens of the longest answer of 16
+              answers=(18, 200, 100), longest=54,     # chat_eval.py's questions; tokens of the longest answer of 16
+              rl=dict(answers=128, row=170, longest=140, cost=12.0, every=20, tested=400)),    # see RL
     full=dict(mid_scored=0.62, sft_row=800, sft_scored=0.3, bpb=0.02, last_bpb=dict(base=3 * 10485760, mid=10485760),
-              sft_every=100, sft_val=400, quick=400, answers=(1319, 164, 256, 200, 18), longest=400))
+              sft_every=100, sft_val=400, quick=400, answers=(1319, 164, 256, 200, 18), longest=400,
+              rl=dict(answers=256, row=320, longest=256, cost=2.0, every=60, tested=3200)))
+# rl: answers in a step, tokens in the rows that are trained on, of the longest answer of a step; what a pass over all its
+# answers costs, in passes over 16 (measured for the tiny run, whose CPU spends most on random numbers; for a GPU assumed: it
+# is busy starting kernels); steps between evaluations, and answers in one.
 # Share of its bf16 peak that a training step reaches, PREDICTED from the code that is generated for d12 (d18: 4 more),
 # right to 15 %; for any other card the lowest.
 PREDICTED_MFU = {"A100": 0.69, "A800": 0.69, "H200": 0.53, "H100": 0.47, "RTX 4090": 0.72}
@@ -128,7 +135,9 @@ def stages(k):
         evaluations = base // k.core_metric_every if k.core_metric_every else 0
         scored["base"] += CORE_TOKENS * (min(CORE_ITEMS, 22 * k.core_items or CORE_ITEMS) + evaluations * 22 * 500)
     return dict(base=(base, step, scored["base"]), mid=(mid, step, scored["mid"]),
-                sft=(sft, 32 * row, (sft // data["sft_every"] + 1) * data["sft_val"] * row), report=(0, 0, 0))
+                sft=(sft, 32 * row, (sft // data["sft_every"] + 1) * data["sft_val"] * row),
+                **(dict(rl=(k.rl_iterations or RL_EPOCH, data["rl"]["answers"] * min(data["rl"]["row"], k.max_seq_len), 0))
+                   if k.rl else {}), report=(0, 0, 0))
 
 
 def answer_passes(k, stage):
@@ -136,7 +145,11 @@ def answer_passes(k, stage):
     data = data_of(k)
     batches = sum(-(-min(n, k.eval_problems or n) // 16) for n in data["answers"])
     quick = (stages(k)["sft"][0] // 200 + 1) * -(-data["quick"] // 16) * 128 if stage == "sft" else 0
-    return quick + batches * min(data["longest"], k.max_seq_len // 2) if stage in ("mid", "sft") else 0
+    drawn, rl = 0, data["rl"]
+    if stage == "rl":
+        steps = stages(k)["rl"][0]
+        drawn = (steps + (steps // rl["every"] + 2) * rl["tested"] / rl["answers"]) * min(rl["longest"], k.max_seq_len // 2) * rl["cost"]
+    return drawn + quick + batches * min(data["longest"], k.max_seq_len // 2) if stage in ("mid", "sft", "rl") else 0
 
 
 def seconds(k, speed):
@@ -148,7 +161,7 @@ def seconds(k, speed):
     """
     flops, result = flops_per_token(model_of(k)), {}
     for stage, (steps, step_tokens, scored) in stages(k).items():
-        training = steps * step_tokens * flops / speed.get(stage, 1.0) / k.num_processes
+        training = steps * step_tokens * flops / speed.get("sft" if stage == "rl" else stage, 1.0) / k.num_processes
         score = speed["score_sft" if stage == "sft" else "score"]
         tests = scored * flops / 3 / score + answer_passes(k, stage) * speed["answer"] * k.depth
         result[stage] = training, tests / k.num_processes + PROGRAMS[stage] * speed["start"] + speed["begin"][stage]
@@ -162,7 +175,7 @@ def predicted(name):
     # assumed: what is not compiled, or small, is half as fast; a layer's 20 kernels for one token take 20 microseconds
     # each to be started from Python, a program 10 seconds, compiling and fitting the micro-batch 90
     return dict(base=speed, mid=speed, sft=speed / 2, score=speed / 2, score_sft=speed / 2, answer=4e-4, start=10.0,
-                begin=dict(base=90.0, mid=90.0, sft=20.0, report=0.0)), mfu
+                begin=dict(base=90.0, mid=90.0, sft=20.0, rl=20.0, report=0.0)), mfu
 
 
 def memory_of(k, gpu_bytes):
@@ -182,13 +195,14 @@ def memory_of(k, gpu_bytes):
 
 
 def show_times(k, speed):
-    """The stages as a table; without their times where the speed is not known (None)."""
+    """The stages as a table; without the columns of times where the speed is not known (None)."""
     times = {stage: map(duration, both) for stage, both in seconds(k, speed).items()} if speed else {}
-    print(f"  {'':18}{'steps':>7}{'tokens a step':>15}{'in all':>9}{'training':>10}{'the rest':>10}")
+    print(f"  {'':18}{'steps':>7}{'tokens a step':>15}{'in all':>9}" + (f"{'training':>10}{'the rest':>10}" if speed else ""))
     for stage, (steps, tokens, _) in stages(k).items():
-        training, rest = times.get(stage, "??")
+        training, rest = times.get(stage, ("", ""))
         size = f"{steps:>7,}{tokens:>15,}{steps * tokens / 1e6:>8,.1f}M{training:>10}" if steps else " " * 41
-        print(f"  {NAMES[stage]:18}{size}{rest:>10}")
+        if steps or speed:                           # the report has no steps, only a time
+            print(f"  {NAMES[stage]:18}{size}{rest:>10}".rstrip())
 
 
 def show_choices(speed, gpu_bytes):
@@ -214,7 +228,7 @@ if gpu and not peak_flops(gpu):
 k, (here, gpu_bytes) = SimpleNamespace(**config), gpu_here()
 base_steps, step_tokens, _ = stages(k)["base"]
 params, tokens = num_params(model_of(k))["total"], base_steps * step_tokens
-checkpoints = (3 * KEEP + 1) * checkpoint_bytes(model_of(k))     # of three stages, and the one being written
+checkpoints = ((3 + rl) * KEEP + 1) * checkpoint_bytes(model_of(k))     # of each stage, and the one being written
 disk = (num_shards * SHARD_DISK + TASK_DISK if num_shards else 0) + checkpoints
 print(f"plan: d{depth}, {params / 1e6:.1f}M parameters, rows of {max_seq_len:,} tokens, vocabulary {vocab_size:,}")
 print(f"  tokens  base {tokens / 1e6:,.1f}M, {tokens / params:.1f} per parameter"
@@ -247,7 +261,7 @@ if speed:
     total = sum(map(sum, seconds(k, speed).values()))
     print(f"  time    {duration(total)}, {where}; set-up, downloads and tokenizer on top")
 else:
-    print("  time    PLAN=1 measures it, after set-up")
+    print("  time    PLAN=1 measures it, once set-up is done")
 show_times(k, speed)
 if speed and measure:
     show_choices(speed, gpu_bytes)

@@ -40,7 +40,7 @@ D20 = {
     "ARC-Easy": dict(mid=0.3561, sft=0.3876),
     "ARC-Challenge": dict(mid=0.2875, sft=0.2807),
     "MMLU": dict(mid=0.3111, sft=0.3151),
-    "GSM8K": dict(mid=0.0250, sft=0.0455),
+    "GSM8K": dict(mid=0.0250, sft=0.0455, rl=0.0758),
     "HumanEval": dict(mid=0.0671, sft=0.0854),
     "ChatCORE, five tasks": dict(mid=0.0730, sft=0.0884),
 }
@@ -103,7 +103,8 @@ def header(tag, runs):
 def stage_rows(run):
     """How far a stage is, what it took and what came out of it, as (name, value) rows; "" where it is not known."""
     meta, log = run["meta"], run["log"]
-    reached = max([meta.get("step", 0), *(step + 1 for step in series(log, "loss")[0][-1:])])
+    learned = "reward" if run["stage"] == "rl" else "loss"
+    reached = max([meta.get("step", 0), *(step + 1 for step in series(log, learned)[0][-1:])])
     total = meta.get("num_iterations")
     saved = f"checkpoint of step {meta['step']:,}" if meta else "no checkpoint yet"
     yield "steps", (f"{reached:,} of {total:,}" if total else f"{reached:,}") + \
@@ -111,23 +112,33 @@ def stage_rows(run):
     rows, conversations = meta.get("rows", 0), meta.get("conversations")
     if "shards" in meta:
         yield "data", f"{plural(len(meta['shards']), 'shard')} of text, {rows:,} rows per step"
+    elif run["stage"] == "rl" and meta:
+        yield "data", (f"{conversations:,} problems, {rows:,} per step with {meta['config']['num_samples']} answers to each, "
+                       f"{meta['step'] * rows / conversations:.2f} epochs")
     elif conversations:
         epochs = f", {meta['step'] * rows / conversations:.2f} epochs" if run["stage"] == "sft" else ""
         yield "data", f"{conversations:,} conversations, {rows:,} rows per step{epochs}"
     tokens = int(meta.get("progress", {}).get("tokens", 0))
     per_parameter = f", {tokens / meta['params']['total']:.1f} per parameter" if "params" in meta else ""
     work = f", {tokens * meta['flops_per_token']:.1e} FLOP" if "flops_per_token" in meta else ""
-    yield "tokens trained on", f"{tokens:,}{per_parameter}{work}" if tokens else ""
+    yield "tokens drawn" if run["stage"] == "rl" else "tokens trained on", f"{tokens:,}{per_parameter}{work}" if tokens else ""
     yield "training time", duration(run["seconds"])
     speed, mfu = series(log, "tokens_per_second")[1], series(log, "mfu")[1]
     yield "tokens per second, median", f"{statistics.median(speed):,.0f}" if speed else ""
-    yield "MFU, median", (f"{100 * statistics.median(mfu):.1f} %" if mfu else
+    yield "MFU, median", (f"{100 * statistics.median(mfu):.1f} %" if mfu else "" if run["stage"] == "rl" else
                           "not known: no peak for this machine in plumbing/budget.py" if speed else "")
     memory, B = meta.get("peak_memory"), meta.get("device_batch_size", "?")
     yield "memory, peak", f"{memory / 1e9:.1f} GB, micro-batches of {B} rows" if memory else ""
     losses, text = series(log, "loss")[1], run["text"]
     yield "training loss, nats per token", \
         f"{losses[0]:.3f} at first, {at_end(losses):.3f} at the end" if losses else ""
+    rewards, mixed = series(log, "reward")[1], series(log, "mixed")[1]
+    yield "reward, the share of right answers", \
+        f"{statistics.fmean(rewards[:5]):.3f} at first, {at_end(rewards):.3f} at the end" if rewards else ""
+    for key in dict.fromkeys(key for row in log for key in row if key.startswith("pass@")):
+        passed = series(log, key)[1]
+        yield f"{key} on held-out problems", f"{passed[0]:.3f} at first, {passed[-1]:.3f} at the end"
+    yield "problems with right and wrong answers, median", f"{100 * statistics.median(mixed):.0f} %" if mixed else ""
     for key, unit in (("val_bpb", "bits per byte"), ("val_loss", "nats per token")):
         yield f"validation, {unit}", f"{run[key]:.4f}" if run[key] is not None else ""
     yield "evaluated once more, bits per byte", (f"{text['train_bpb']:.4f} on training text, {text['val_bpb']:.4f} on "
@@ -171,15 +182,15 @@ def summary(runs):
                 ours.setdefault(name, {})[stage] = number
     names = dict.fromkeys(["validation, bits per byte", "validation, nats per token", *D20, *ours])
     names = [name for name in names if name in ours or name in D20]
-    rows = []
+    rows, columns = [], [stage for stage in FOLDERS if stage != "rl" or stage in runs]
     for name in sorted(names, key=lambda name: (name not in ours, name.startswith("ChatCORE"))):
         cells = []
-        for stage in FOLDERS:
+        for stage in columns:
             number, theirs = ours.get(name, {}).get(stage), D20.get(name, {}).get(stage)
             mine = f"{number:.4f}" if number is not None else "-" if theirs else ""
             cells.append(mine + (f" ({theirs:.4f})" if theirs else ""))
         rows.append((name, *cells))
-    return ["## Summary", table(rows, ("", *map(str.upper, FOLDERS))),
+    return ["## Summary", table(rows, ("", *map(str.upper, columns))),
             "In brackets: the original nanochat's d20 (561M parameters, 11.2 billion tokens, 8 GPUs for 4 hours). "
             "Bits per byte of BASE are of plain text, those of MID of an assistant's answers: compare them with other "
             "runs, not with each other."]

@@ -1,8 +1,8 @@
 """
 Speed of generation: our engine beside a cache that grows by concatenation, and beside no cache at all.
 
-All three draw the likeliest token of the same random model after the same random prompts, in turns. The last
-table is what one cache with rows that join and leave is for: requests of different lengths, all at once
+All three draw the likeliest token of the same random model after the same random prompts, in turns; each token is timed,
+and the middle time counts, so that what else a machine does in between disturbs little. The last line of a model is what one cache with rows that join and leave is for: requests of different lengths, all at once
 and one after the other.
 
 run     python -m bench.engine
@@ -23,11 +23,11 @@ from plumbing.machine import start
 
 depths = "2,8"                 # sizes of model
 batches = "1,8"                # rows at a time
-contexts = "64,1024"           # tokens of prompt and reply together; half of them are prompt
+contexts = "64,1024"           # tokens that a row holds at the end
 vocab_size = 4096
 new_tokens = 16                # tokens of a row that are timed
 no_cache = True                # 0 = leave out the way without a cache, which is slow
-turns = 3                      # each way is timed so often, in turns; the middle one counts
+turns = 3                      # each way is timed so often, in turns
 device = ""                    # cuda, mps or cpu; "" = the best there is
 dtype = ""                     # float32 or bfloat16; "" = bfloat16 on a GPU that has it, else float32
 config = configure(globals(), show=False)
@@ -56,45 +56,38 @@ class GrowingCache:
 
 
 def ours(model, prompts, count):
-    batch = Batch(model, len(prompts), len(prompts[0]) + count + 1)
+    batch = Batch(model, len(prompts), len(prompts[0]) + count + 2)     # one more than is asked for: it is looked up as well
     for prompt in prompts:
-        batch.add(Reply(TOKENIZER, prompt, count + 1, temperature=0.0))
-    batch.step()
-    yield
-    yield [[token for _, token, _ in batch.step()] for _ in range(count)]
+        batch.add(Reply(TOKENIZER, prompt, count + 2, temperature=0.0))
+    while True:
+        yield [token for _, token, _ in batch.step()]
 
 
 @torch.inference_mode()
 def growing(model, prompts, count):
-    cache, idx, tokens = GrowingCache(), torch.tensor(prompts, device=model.device), []
-    idx = model(idx, kv_cache=cache)[:, -1].argmax(dim=-1, keepdim=True)
-    yield
-    for _ in range(count):
+    cache, idx = GrowingCache(), torch.tensor(prompts, device=model.device)
+    while True:
         idx = model(idx, kv_cache=cache)[:, -1].argmax(dim=-1, keepdim=True)
-        tokens.append(idx[:, 0].tolist())
-    yield tokens
+        yield idx[:, 0].tolist()
 
 
 @torch.inference_mode()
 def uncached(model, prompts, count):
-    idx, tokens = torch.tensor(prompts, device=model.device), []
-    idx = torch.cat((idx, model(idx)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
-    yield
-    for _ in range(count):
+    idx = torch.tensor(prompts, device=model.device)
+    while True:
         idx = torch.cat((idx, model(idx)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
-        tokens.append(idx[:, -1].tolist())
-    yield tokens
+        yield idx[:, -1].tolist()
 
 
-def seconds_of(way, *args):
-    """(seconds of the tokens after the first, these tokens) of one way to go on from prompts."""
-    steps = way(*args)
+def seconds_of(way, model, prompts, count):
+    """(seconds of each token after the first, these tokens) of one way to go on from prompts."""
+    steps, seconds, tokens = way(model, prompts, count), [], []
     next(steps)                                                  # the prompt is read
-    machine.synchronize()
-    clock = time.perf_counter()
-    tokens = next(steps)
-    machine.synchronize()
-    return time.perf_counter() - clock, tokens
+    for _ in range(count):
+        clock = time.perf_counter()
+        tokens.append(next(steps))                               # on the CPU, as numbers: the device has finished
+        seconds.append(time.perf_counter() - clock)
+    return seconds, tokens
 
 
 def written(model, requests, slots):
@@ -110,8 +103,8 @@ def written(model, requests, slots):
     return time.perf_counter() - clock
 
 
-if min(map(int, contexts.split(","))) < new_tokens + 2:
-    raise SystemExit(f"contexts={contexts}: each must hold a prompt and the {new_tokens + 1} new tokens")
+if min(map(int, contexts.split(","))) < new_tokens + 3:
+    raise SystemExit(f"contexts={contexts}: each must hold a prompt and the {new_tokens + 2} new tokens")
 machine = start(device, dtype)
 print(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads, vocabulary {vocab_size:,}; tokens per second")
 ways = dict(ours=ours, growing=growing, **({"no cache": uncached} if no_cache else {}))
@@ -124,16 +117,16 @@ for depth in map(int, depths.split(",")):
         torch.nn.init.normal_(p, std=0.02)
     for B in map(int, batches.split(",")):
         for context in map(int, contexts.split(",")):
-            length = max(1, min(context // 2, context - new_tokens - 1))
+            length = context - new_tokens - 2
             prompts = torch.randint(vocab_size, (B, length), generator=torch.Generator().manual_seed(1)).tolist()
             timed = {name: [] for name in ways}
             for _ in range(turns):
                 tokens = {}
                 for name, way in ways.items():
                     seconds, tokens[name] = seconds_of(way, model, prompts, new_tokens)
-                    timed[name].append(seconds)
+                    timed[name] += seconds
             same = machine.dtype_name != "float32" or all(tokens[name] == tokens["ours"] for name in ways)
-            speed = {name: B * new_tokens / statistics.median(times) for name, times in timed.items()}
+            speed = {name: B / statistics.median(times) for name, times in timed.items()}
             print(f"d{depth:<7}{B:6}{context:9,}" + "".join(f"{speed[name]:12,.0f}" for name in ways) + "".join(
                 f"{speed['ours'] / speed[name]:{10 + len(name)}.2f}" for name in list(ways)[1:]) + ("" if same else "  other tokens"))
     context = model.config.sequence_len

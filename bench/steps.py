@@ -105,4 +105,4 @@ def measure(shape, batch, sft_batch, data, gradient_checkpointing):
     clock = time.perf_counter()
     simple_spelling(1, "test")[0]                                # reads all words, as two programs of a stage do
     words = 2 * (time.perf_counter() - clock)
-    return speed | dict(begin=dict(base=begin, mid=words + begin * cuda, sft=words, report=0.0)), B, memory
+    return speed | dict(begin=dict(base=begin, mid=words + begin * cuda, sft=words, rl=words, report=0.0)), B, memory

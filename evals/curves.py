@@ -2,18 +2,19 @@
 The curves of a run: one picture (with matplotlib, the extra `plot`), a column per stage and a row per quantity.
 
 The rows of log.jsonl have the keys that plumbing.common.Progress and the stages log: step, loss, tokens_per_second,
-val_bpb, val_loss. Missing ones leave a panel out, a null (a number that was not finite) a gap.
+val_bpb, val_loss, reward, pass@1. Missing ones leave a panel out, a null (a number that was not finite) a gap.
 """
 import itertools
 import statistics
 
 from plumbing.common import atomic_write
 
-COLORS = ["#2f66a9", "#b5651d", "#2f855a"]   # base, mid, sft; told apart in grey too
+COLORS = ["#2f66a9", "#b5651d", "#2f855a", "#7b3f8c"]   # base, mid, sft, rl; told apart in grey too
 MOST_POINTS = 2000             # faint points in a panel: more are a blot, and slow to draw
 LOSS, BPB, SPEED = "loss\n(nats per token)", "validation\n(bits per byte)", "speed\n(1,000 tokens/s)"
+REWARD = "reward\n(share of right answers)"
 # row of panels: what is drawn there, as (measured at every step, measured on held-out data now and then)
-KEYS = {LOSS: ("loss", "val_loss"), BPB: ("", "val_bpb"), SPEED: ("tokens_per_second", "")}
+KEYS = {LOSS: ("loss", "val_loss"), REWARD: ("reward", "pass@1"), BPB: ("", "val_bpb"), SPEED: ("tokens_per_second", "")}
 
 
 def series(log, key):
@@ -52,7 +53,8 @@ def draw(stages, path):
         from matplotlib.figure import Figure  # no pyplot: needs no display, keeps no state
     except ImportError:
         return "matplotlib is not installed (pip install matplotlib)"
-    stages = [(title, log, color) for (title, log), color in zip(stages, COLORS) if series(log, "loss")[0]]
+    stages = [(title, log, color) for (title, log), color in zip(stages, COLORS)
+              if series(log, "loss")[0] or series(log, "reward")[0]]
     if not stages:
         return "no step was logged yet"
     rows = [name for name, keys in KEYS.items() if any(series(log, key)[0] for _, log, _ in stages for key in keys)]
@@ -82,15 +84,16 @@ def set_scales(panels, stages):
         panel.set_xlabel("optimizer step", fontsize=9)
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    first = panels[LOSS][0]
-    lines = [smooth(series(log, "loss")[1]) + series(log, "val_loss")[1] for _, log, _ in stages]
-    low, high = min(map(min, lines)), max(map(max, lines))
-    if low > 0:                                             # a loss of reinforcement learning may be negative
+    lines = [value for _, log, _ in stages for value in smooth(series(log, "loss")[1]) + series(log, "val_loss")[1]]
+    if lines and min(lines) > 0:
+        first, low, high = panels[LOSS][0], min(lines), max(lines)
         first.set_yscale("log")                             # 8 at the start, 0.1 at the end: both to be read
         first.set_ylim(0.7 * low, 1.5 * high)
         first.yaxis.set_major_locator(LogLocator(subs=[1, 2, 5]))
         first.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         first.yaxis.set_minor_formatter(NullFormatter())
+    if REWARD in panels:
+        panels[REWARD][0].set_ylim(0, 1)
     if SPEED in panels:
         fastest = max(max(medians(*series(log, "tokens_per_second"))[1], default=0) for _, log, _ in stages)
         panels[SPEED][0].set_ylim(0, 1.3 * fastest / 1000)  # from 0, so that a tenth looks like a tenth
@@ -108,10 +111,12 @@ def draw_panel(panel, name, log, color):
     """
     (steps, values), (held_out_steps, held_out) = (series(log, key) for key in KEYS[name])
     average, remark = (thin(steps), thin(smooth(values))), ""
-    if name == LOSS:
-        remark = f"training {at_end(values):.2f}" + (f"\nvalidation {held_out[-1]:.2f}" if held_out else "")
+    if not values and not held_out:
+        remark = "not measured\nin this stage"
+    elif name in (LOSS, REWARD):
+        remark = (f"training {at_end(values):.2f}" if values else "") + (f"\nvalidation {held_out[-1]:.2f}" if held_out else "")
     elif name == BPB:
-        remark = f"{held_out[-1]:.3f}" if held_out else "not measured\nin this stage"
+        remark = f"{held_out[-1]:.3f}"
     elif values:
         values = [value / 1000 for value in values]
         average, middle, mfu = medians(steps, values), statistics.median(values), series(log, "mfu")[1]

@@ -9,7 +9,7 @@ from checkpoint import FOLDERS, path_of, sha_of, sources, stage_folder, steps_in
 from evals.curves import series
 from plumbing.common import base_path, read_json, read_log
 
-TITLES = dict(base="Pretraining", mid="Mid-training", sft="Fine-tuning")
+TITLES = dict(base="Pretraining", mid="Mid-training", sft="Fine-tuning", rl="Reinforcement learning")
 
 
 def newest_meta(folder, remarks):
@@ -20,7 +20,8 @@ def newest_meta(folder, remarks):
 
 def read_run(tag, remarks):
     """
-    {stage: read_stage()} of a model and of those it came from, which may have other tags.
+    {stage: read_stage()} of a model and of those it came from, which may have other tags; rl, which is optional, only
+    where there is something of it.
 
     A stage that was trained from another checkpoint than the one there now adds a remark.
     """
@@ -29,7 +30,7 @@ def read_run(tag, remarks):
         runs[stage] = read_stage(stage, tags.get(stage, tag), remarks)
         for source in sources(runs[stage]["meta"] if runs[stage] else {}):
             tags.setdefault(source["stage"], source.get("tag", tag))
-    runs = dict(reversed(runs.items()))
+    runs = {stage: run for stage, run in reversed(runs.items()) if run or stage != "rl"}
     for stage, run in runs.items():
         source = run and run["meta"].get("source") or {}
         parent = runs.get(source.get("stage"))

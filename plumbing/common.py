@@ -251,34 +251,38 @@ class Progress:
     """
     The line per step on the console and in the log: loss, speed, MFU, how long it still takes.
 
+    quantity          what is learned from, instead of the loss: "reward"
     state             what an earlier part of the run saved (its meta's "progress"); None at step 0
     checkpoint_bytes  what the next checkpoint takes of the disk
     Only training counts as seconds, evaluation and saving do not.
     """
 
-    def __init__(self, log, start_step, total_steps, flops_per_token, peak_flops, state=None, checkpoint_bytes=0):
+    def __init__(self, log, start_step, total_steps, flops_per_token, peak_flops, state=None, checkpoint_bytes=0,
+                 quantity="loss"):
         self.log, self.start_step, self.total_steps = log, start_step, total_steps
-        self.checkpoint_bytes, self.recent, self.said = checkpoint_bytes, deque(maxlen=50), set()
+        self.checkpoint_bytes, self.recent, self.said, self.quantity = checkpoint_bytes, deque(maxlen=50), set(), quantity
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         state = state or dict(seconds=0.0, tokens=0, loss=[])
         self.seconds, self.tokens = state["seconds"], state["tokens"]
         self.loss, self.step_seconds = Ema(0.9, *state["loss"]), Ema(0.9)
         self.since_line = 0.0                                        # training seconds since the last line
+        if start_step == 0:
+            log.write(0, num_iterations=total_steps)                 # for who reads the log while it grows
 
     def state(self):
         return dict(seconds=self.seconds, tokens=self.tokens, loss=[self.loss.total, self.loss.weight])
 
-    def update(self, step, loss, grad_norm, rates, num_tokens, step_seconds):
+    def update(self, step, loss, grad_norm, rates, num_tokens, step_seconds, **more):
         """
         Log optimizer step `step`, which took step_seconds for num_tokens tokens on all ranks.
 
-        rates  learning rates by name, as muon.set_schedule has set them
+        rates  learning rates by name, as muon.set_schedule has set them; more: other numbers for the log
         """
         self.seconds += step_seconds
         self.tokens += num_tokens
         speed = num_tokens / step_seconds
         mfu = speed * self.flops_per_token / (self.peak_flops * WORLD_SIZE) if self.peak_flops else None
-        self.log.write(step, loss=loss, **rates, grad_norm=grad_norm, ms=1000 * step_seconds, tokens_per_second=speed,
+        self.log.write(step, **{self.quantity: loss}, **more, **rates, grad_norm=grad_norm, ms=1000 * step_seconds, tokens_per_second=speed,
                        mfu=mfu, seconds=self.seconds)
         smooth, left = self.loss.update(loss), self.total_steps - step - 1
         eta = self.step_seconds.update(step_seconds) * left
@@ -288,7 +292,7 @@ class Progress:
         if step < self.start_step + 5 or self.since_line > 1 or left == 0:   # of fast steps one a second
             self.since_line = 0.0
             rates_text = " / ".join(f"{rate:.2g}" for rate in rates.values())
-            print0(f"step {step:5d}/{self.total_steps} | loss {smooth:.4f} | lr {rates_text} | "
+            print0(f"step {step:5d}/{self.total_steps} | {self.quantity} {smooth:.4f} | lr {rates_text} | "
                    f"{1000 * step_seconds:.0f} ms | {speed:,.0f} tok/s | " +
                    (f"mfu {100 * mfu:.1f} % | " if mfu else "") + f"eta {duration(eta)}")
         self.watch(step, loss, step_seconds)
@@ -303,7 +307,7 @@ class Progress:
         if len(self.recent) >= 20:
             losses, seconds = zip(*self.recent)
             mean, median, spread = statistics.fmean(losses), statistics.median(seconds), max(losses) - min(losses)
-            if loss > max(losses) + max(0.5, spread):
+            if self.quantity == "loss" and loss > max(losses) + max(0.5, spread):
                 remarks["loss"] = (f"loss {loss:.2f}, far above the mean {mean:.2f} of the steps before: odd text; or, if "
                                    "it does not fall again, learning rates that are too high")
             if step_seconds > max(1.0, 10 * median):             # below a second it is the machine's mood

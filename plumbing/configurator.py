@@ -24,7 +24,7 @@ from plumbing.common import print0
 
 SHORT = {                    # short forms people type, each followed by its value: -n 8
     "-p": "prompt",          # what to ask
-    "-i": "source",          # which stage's model: base, mid, sft
+    "-i": "source",          # which stage's model: base, mid, sft, rl
     "-a": "tasks",           # which tasks to evaluate
     "-x": "max_problems",    # how many problems of a task
     "-n": "num_shards",      # how many shards of text
@@ -37,9 +37,10 @@ RANGES = {
     # model and batch; shorter rows than 64 tokens have no room for the prompts of the samples
     "depth": (1, 100), "head_dim": (0, 1024), "max_seq_len": (64, 10**6), "vocab_size": (0, 65536),
     "total_batch_size": (0, 10**8), "device_batch_size": (0, 10**6), "target_examples_per_step": (1, 10**5),
+    "examples_per_step": (1, 10**5), "num_samples": (2, 10**4), "eval_samples": (1, 10**4), "max_new_tokens": SOME,
     "batch_size": (1, 10**4), "sft_batch_size": (0, 10**4), "num_processes": (1, 10**4), "rows": (0, 10**5),
     # length, data and mixture
-    "num_iterations": COUNT, "mid_iterations": COUNT, "sft_iterations": COUNT, "target_param_data_ratio": (0, 10**6),
+    "num_iterations": COUNT, "mid_iterations": COUNT, "sft_iterations": COUNT, "rl_iterations": COUNT, "target_param_data_ratio": (0, 10**6),
     "num_shards": (0, 1822), "identity_rows": (1, 10**7), "spelling_rows": (1, 10**7), "spelling_bee_rows": (1, 10**7),
     # optimizer; with higher rates a step can be too large for float32
     "matrix_lr": (0, 1e38), "embedding_lr": (0, 1e37), "unembedding_lr": (0, 1e37), "init_lr_frac": SHARE,
@@ -55,12 +56,13 @@ RANGES = {
     "num_threads": (1, 256), "threads": (0, 1024), "fetch_seconds": (1, 10**6), "temperature": (0, 10**6),
     "top_k": COUNT, "max_tokens": SOME, "gpu_hour_price": (0, 10**6), "rounds": (1, 1000), "turns": (1, 1000),
     "steps": COUNT, "minutes": (0, 10**5), "limit": (1, 10**5), "new_tokens": (1, 10**4), "gigabytes": (0, 10**4),
-    "base_train.py total_batch_size": (1, 10**8),
+    "port": (1, 65535), "slots": (1, 1000),
+    "base_train.py total_batch_size": (1, 10**8), "chat_rl.py temperature": (0.01, 10**6),
     "plan.py total_batch_size": (1, 10**8), "plan.py vocab_size": (265, 65536),      # 256 bytes and the 9 specials
     "tok_train.py vocab_size": (265, 65536), "tokenizer.py vocab_size": (256, 65536),
     "tokenizer.py num_threads": (0, 256), "train.py depth": (0, 100), "train.py max_seq_len": (0, 10**6),
 }
-CHOICES = {"device": ("cuda", "mps", "cpu", ""), "dtype": ("float32", "bfloat16", "")}
+CHOICES = {"device": ("cuda", "mps", "cpu", ""), "dtype": ("float32", "bfloat16", ""), "task": ("gsm8k", "spelling_bee")}
 
 
 def configure(scope, argv=None, show=True):

@@ -4,8 +4,14 @@ import sys
 
 from plumbing import stop
 
+
+def require(*names):
+    """Go on where packages are installed; else SystemExit, one line."""
+    missing = [name for name in names if not importlib.util.find_spec(name)]
+    if missing:
+        raise SystemExit(f"{', '.join(missing)}: not installed for {sys.executable}; first: source .venv/bin/activate "
+                         "(bash setup.sh makes .venv)")
+
+
 stop.listen()
-missing = [name for name in ("torch", "tiktoken", "pyarrow", "requests", "numpy") if not importlib.util.find_spec(name)]
-if missing:
-    raise SystemExit(f"{', '.join(missing)}: not installed for {sys.executable}; first: source .venv/bin/activate "
-                     "(bash setup.sh makes .venv)")
+require("torch", "tiktoken", "pyarrow", "requests", "numpy")

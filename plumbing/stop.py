@@ -10,6 +10,7 @@ import errno
 import fcntl
 import io
 import os
+import re
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ AGAIN = 1.0          # seconds; a terminal tells the driver and the stage, which
 asked = 0            # the signal that has told this process to stop; 0 = none
 asked_at = 0.0
 in_loop = False      # whether a signal only asks: the loop of the stage looks after each step
+finishing = "this step"  # what that is
 cutting = False      # whether an evaluation is under way that a signal cuts short
 
 
@@ -69,7 +71,7 @@ def told(number, _):
         os._exit(128 + number)
     asked, asked_at = number, time.monotonic()
     if RANK == 0 and not pipe:                                   # not by print, which may be what was interrupted
-        line = "stopping after this step; once more to leave at once" if in_loop or cutting else "stopped"
+        line = f"stopping after {finishing}; once more to leave at once" if in_loop or cutting else "stopped"
         with contextlib.suppress(OSError):
             os.write(2, f"{line}\n".encode())
     if not in_loop and threading.current_thread() is threading.main_thread():      # another one has met a closed pipe
@@ -80,10 +82,10 @@ def told(number, _):
         raise Stopped(128 + number)
 
 
-def finish_steps():
-    """The loop begins: from now on a signal waits for the end of the step."""
-    global in_loop
-    in_loop = True
+def finish_steps(what="this step"):
+    """The loop begins: from now on a signal waits for the end of the step, or of what else is to be finished."""
+    global in_loop, finishing
+    in_loop, finishing = True, what
 
 
 @contextlib.contextmanager
@@ -104,10 +106,20 @@ def is_near():
     return asked and WORLD_SIZE == 1
 
 
-def ctrl_c_is_mine():
-    """For a script with a use of its own for Ctrl-C: it is a KeyboardInterrupt again."""
-    if signal.getsignal(signal.SIGINT) is told:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+@contextlib.contextmanager
+def ctrl_c_is_mine(mine=True):
+    """For a script with a use of its own for Ctrl-C: the first one inside is a KeyboardInterrupt, the next ends the script."""
+    def first(*_):
+        signal.signal(signal.SIGINT, told)
+        raise KeyboardInterrupt
+
+    if mine and signal.getsignal(signal.SIGINT) is told:
+        signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is first:
+            signal.signal(signal.SIGINT, told)
 
 
 def only_one(path, file=None, pid=None):
@@ -135,3 +147,18 @@ def only_one(path, file=None, pid=None):
     except OSError as error:
         print(f"{path}: there is no lock to be had ({error.strerror}): start no second run here", file=sys.stderr)
     return file                                                  # to be kept: closed, it is free
+
+
+def is_at_work(folder):
+    """Whether a process has the lock of a folder (only_one); nothing of it is noticed there."""
+    try:
+        with open(f"{folder}.lock", encoding="utf-8") as file:
+            owner = re.match(r"process (\d+) on (.*), since", file.read())
+            if owner and owner[2] == socket.gethostname():       # a try at the lock could keep out who begins just now
+                os.kill(int(owner[1]), 0)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):                   # held; or of a process of another user
+        return True
+    except OSError:                                              # no lock was ever taken, or its process is gone
+        return False
+    return False

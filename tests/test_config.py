@@ -74,8 +74,8 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, text, words):
     assert words in str(error.value) and "bad.py" in str(error.value)
 
 
-@pytest.mark.parametrize("script", ["base_train.py", "mid_train.py", "chat_sft.py", "tok_train.py", "prepare.py",
-                                    "chat_cli.py", "report.py", "plan.py",
+@pytest.mark.parametrize("script", ["base_train.py", "mid_train.py", "chat_sft.py", "chat_rl.py", "tok_train.py", "prepare.py",
+                                    "chat_cli.py", "chat_web.py", "report.py", "plan.py",
                                     "tok_eval.py", "base_eval.py", "chat_eval.py"])
 def test_help_shows_the_docstring_and_every_knob_with_its_comment(script):
     out = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -162,7 +162,7 @@ def test_the_ranges_say_what_the_modules_know():
 
 @pytest.mark.parametrize("path", glob.glob(f"{ROOT}/config/*.py"))
 def test_the_config_files_are_in_range(path):
-    script = dict(base="base_train.py", mid="mid_train.py", sft="chat_sft.py")[path[:-3].rpartition("_")[2]]
+    script = dict(base="base_train.py", mid="mid_train.py", sft="chat_sft.py", rl="chat_rl.py")[path[:-3].rpartition("_")[2]]
     configure(SCRIPTS[script] | dict(__file__=os.path.join(ROOT, script)), [path], show=False)
 
 

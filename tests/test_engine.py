@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from chat import TextStream, printable, text_of
-from engine import Batch, Engine, KVCache, Reply, draw
-from model import GPT, GPTConfig
+from engine import STRIDE_CPU, Batch, Engine, KVCache, Reply, draw, in_compute_dtype
+from model import GPT, GPTConfig, compiled
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)])    # a token per byte
@@ -15,12 +15,12 @@ SPECIAL = {name.strip("<|>"): TOKENIZER.special(name) for name in SPECIAL_TOKENS
 CONTEXT = 64
 
 
-def tiny_model(n_kv_head=2, seed=0):
+def tiny_model(n_kv_head=2, seed=0, context=CONTEXT, dtype=torch.float32):
     """A random model that is not shy: its zero layers are filled, so that every token matters."""
     torch.manual_seed(seed)
-    config = GPTConfig(sequence_len=CONTEXT, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=4,
+    config = GPTConfig(sequence_len=context, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=4,
                        n_kv_head=n_kv_head, n_embd=32)
-    model = GPT(config)
+    model = GPT(config, dtype)
     for name, p in model.named_parameters():
         if name == "lm_head.weight" or "c_proj" in name:
             torch.nn.init.normal_(p, std=0.3)
@@ -97,6 +97,30 @@ def test_cached_tokens_equal_the_full_forward():
         # several samples of one prompt share its computation and still see all of it
         options = dict(num_samples=3, max_tokens=30, temperature=0.0)
         assert run(Engine(model, TOKENIZER), prompt, **options)[0] == tokens * 3
+
+
+@pytest.mark.parametrize("slots, num_replies", [(1, 2), (8, 14)])
+def test_200_cached_tokens_equal_the_full_forward(slots, num_replies):
+    """Prompts of all lengths that come at any moment; now and then a reply is taken out."""
+    random.seed(slots)
+    model = tiny_model(context=320)
+    endless = SimpleNamespace(special=lambda name: -1)         # no token ends a reply
+    batch, written = Batch(model, slots, 320, piece=50), {}
+    while len(written) < num_replies or any(reply.left for reply in written):
+        if len(written) < num_replies and random.random() < 0.1:
+            prompt = [random.randrange(256) for _ in range(random.choice((1, 2, 30, 64, 65, 110, 120)))]
+            written[reply := Reply(endless, prompt, 200, temperature=0.0)] = []
+            batch.add(reply)
+        for reply, token, _ in batch.step():
+            written[reply].append(token)
+        if written and random.random() < 0.005:
+            batch.remove(random.choice(list(written)))
+    assert sum(len(tokens) == 200 for tokens in written.values()) >= num_replies // 2
+    for reply, tokens in written.items():
+        with torch.no_grad():                                  # with the tokens before it, each is the likeliest
+            logits = model(torch.tensor([reply.prompt + tokens]))[0, len(reply.prompt) - 1:-1]
+        chosen = logits.gather(1, torch.tensor(tokens, dtype=torch.int64)[:, None])[:, 0]
+        assert (chosen >= logits.amax(dim=1) - 1e-4).all()     # or as likely, up to rounding
 
 
 def test_cache_refuses_more_than_it_holds():
@@ -179,7 +203,8 @@ def test_replies_that_join_and_leave_at_any_moment_are_the_same(seed=5):
     def reply(i):
         rng = random.Random(i)
         prompt = [rng.randrange(256) for _ in range(rng.randint(1, 40))]
-        return Reply(TOKENIZER, prompt, rng.randint(1, 30), temperature=rng.choice((0.0, 1.0)), top_k=rng.choice((0, 9)), seed=i)
+        return Reply(TOKENIZER, prompt, rng.randint(1, 30), temperature=rng.choice((0.0, 1.0)), top_k=rng.choice((0, 9)),
+                     top_p=rng.choice((1.0, 0.8)), seed=i)
 
     def alone(i):
         batch = Batch(model, 1, CONTEXT)
@@ -207,6 +232,37 @@ def test_replies_that_join_and_leave_at_any_moment_are_the_same(seed=5):
     assert whole > 15 and not batch.rows and not batch.reading and not batch.waiting
     prompt = reply(3).prompt
     assert run(engine, prompt, max_tokens=20, temperature=0.0)[0][0] == greedy_without_cache(model, prompt, 20)
+
+
+def test_little_is_read_that_only_fills_up_and_who_is_through_writes():
+    class Counting(Scripted):
+        def __call__(self, idx, kv_cache, positions=None):
+            self.read += idx.numel() if positions is not None else 0
+            return super().__call__(idx, kv_cache, positions)
+
+    lengths = [900, 30, 31, 500, 30, 300]
+    for piece in (0, 100):
+        model = Counting(lambda fed: ord("x"), sequence_len=1024)
+        batch, model.read = Batch(model, 8, 1024, piece), 0
+        replies = [Reply(TOKENIZER, [i] * length, 99) for i, length in enumerate(lengths)]
+        for reply in replies:
+            batch.add(reply)
+        first = {}
+        for step in range(12):
+            for reply, _, _ in batch.step():
+                first.setdefault(reply, step)
+        assert sum(lengths) <= model.read < sum(lengths) + len(lengths) * STRIDE_CPU
+        assert [first[reply] for reply in replies] == ([0] * 6 if not piece else [8, 0, 0, 4, 0, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_cast_once_give_the_same_logits(dtype):
+    model = compiled(tiny_model(dtype=dtype))
+    ready, idx = in_compute_dtype(model), torch.randint(256, (2, 20))
+    assert {p.dtype for p in ready.parameters()} == {dtype} and {p.dtype for p in model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(ready(idx), model(idx))
+    assert (ready is model) == (dtype == torch.float32)
 
 
 def test_memory_that_runs_out_takes_fewer_rows(monkeypatch):

@@ -101,6 +101,19 @@ def test_the_sum_of_the_token_losses_is_the_loss():
     assert each.sum().item() == pytest.approx(model(idx, y).item(), rel=1e-5)
 
 
+def test_rows_count_as_often_as_their_weights_say():
+    model, other = small(), small()
+    idx = tokens(model, B=3)
+    y = idx.clone()
+    y[0, :5] = -1
+    weighted = model(idx, y, weights=torch.tensor([0.5, 0.0, -2.0]))
+    weighted.backward()
+    each = 0.5 * other(idx[:1], y[:1]) - 2 * other(idx[2:], y[2:])
+    each.backward()
+    torch.testing.assert_close(weighted, each)
+    same_gradients(model, other)
+
+
 def test_a_fully_masked_batch_has_loss_and_gradients_zero():
     model = small()
     idx = tokens(model)

@@ -35,6 +35,8 @@ def test_every_configuration_is_planned_for_the_card_it_is_meant_for(plan, name)
     assert B * T >= 16384 and need < 38e9
     times = plan["seconds"](k, plan["predicted"]("A100")[0])
     assert list(times) == ["base", "mid", "sft", "report"] and all(rest > 0 for _, rest in times.values())
+    times = plan["seconds"](SimpleNamespace(**vars(k) | dict(rl=True)), plan["predicted"]("A100")[0])
+    assert list(times) == ["base", "mid", "sft", "rl", "report"] and 0 < times["rl"][0] < times["rl"][1] < 2 * 3600
 
 
 @pytest.mark.parametrize("depth, T, B, predicted", [(12, 1024, 64, 16.62e9), (18, 2048, 16, 21.84e9)])
@@ -58,6 +60,16 @@ def test_without_torch_it_says_what_it_does_not_know():
     done = subprocess.run([sys.executable, "-S", "plan.py", "--tiny=1", "--depth=2"], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 0 and "plan: d2" in done.stdout and "not measured: " in done.stdout, done.stderr
+
+
+def test_what_a_newcomer_sees_first_has_no_holes(monkeypatch, capsys):
+    """Before set-up the driver plans without timing: there are no columns of times, and nothing is a question mark."""
+    monkeypatch.setenv("PATH", "")                   # no GPU is found
+    run_script("plan.py", "--tiny=1", "--depth=2", "--measure=0")
+    said = capsys.readouterr().out
+    assert "?" not in said and "training" not in said.replace("pretraining", "").replace("mid-training", "")
+    assert [line.split()[0] for line in said.splitlines()[-3:]] == ["pretraining", "mid-training", "fine-tuning"]
+    assert all(line == line.rstrip() for line in said.splitlines())
 
 
 def test_real_steps_are_timed_and_nothing_is_written(plan, monkeypatch):

@@ -262,6 +262,19 @@ def test_a_negative_loss_is_drawn_too(tmp_path):
     assert curves.draw([("A", rows)], str(tmp_path / "x.png")) == "" and (tmp_path / "x.png").exists()
 
 
+def test_a_reward_has_a_panel_of_its_own(tmp_path, monkeypatch):
+    figure_module = pytest.importorskip("matplotlib.figure")
+    shown = []
+    monkeypatch.setattr(figure_module.Figure, "savefig", lambda self, *args, **more: shown.append(self))
+    rewarded = [dict(step=step, reward=step / 30, tokens_per_second=100.0) for step in range(30)] + [{"step": 30, "pass@1": 0.5}]
+    assert curves.draw([("A", list(log("base"))), ("RL", rewarded)], str(tmp_path / "x.png")) == ""
+    panels = shown[0].axes
+    assert [panel.get_ylabel() for panel in panels[::2]] == [curves.LOSS, curves.REWARD, curves.BPB, curves.SPEED]
+    remarks = [panel.texts[0].get_text() for panel in panels]
+    assert remarks[1] == remarks[2] == "not measured\nin this stage" and "validation 0.50" in remarks[3]
+    assert curves.draw([("RL", rewarded)], str(tmp_path / "y.png")) == ""
+
+
 def test_the_smoothed_line_does_not_lag():
     line = [100.0 - x for x in range(1000)]
     assert curves.smooth(line) == pytest.approx(line)                    # an average of the past would lie above

@@ -10,8 +10,8 @@ import pytest
 
 from conftest import ROOT
 
-SCRIPTS = ["base_eval", "base_train", "chat_eval", "chat_cli", "chat_sft", "mid_train", "plan", "prepare", "report", "tok_eval",
-           "tok_train"]
+SCRIPTS = ["base_eval", "base_train", "chat_eval", "chat_cli", "chat_rl", "chat_sft", "chat_web", "mid_train", "plan", "prepare",
+           "report", "tok_eval", "tok_train"]
 FOLDERS = ["bench", "evals", "plumbing", "tasks"]
 # every file of ours by the name it is imported with, a folder's __init__.py by the folder's
 PATHS = {os.path.relpath(path, ROOT)[:-3].replace(os.sep, ".").removesuffix(".__init__"): path
@@ -120,7 +120,7 @@ def test_the_tiny_rows_values_are_those_of_its_config_files():
     with open(os.path.join(ROOT, "run_realistic.sh"), encoding="utf-8") as f:
         row = f.read().partition("tiny)")[2].partition(";;")[0]
     named = re.findall(r"\$\(of (\w+) (\w+)\)", row)
-    assert len(named) == 7
+    assert len(named) == 8
     for stage, name in named:                    # as the driver's sed reads it: one plain number on a line
         with open(os.path.join(ROOT, "config", f"tiny_{stage}.py"), encoding="utf-8") as f:
             assert len(re.findall(rf"^{name} = \d+\b", f.read(), re.MULTILINE)) == 1

@@ -35,7 +35,8 @@ FOLDER = dict(base="base_checkpoints/d1", mid="mid_checkpoints/d1", sft="chatsft
 def run(base_dir, *argv, check=True, launcher=()):
     """Run a script with its own base folder; the output is shown when it fails."""
     env = dict(os.environ, NANOCHAT_BASE_DIR=str(base_dir), OMP_WAIT_POLICY="PASSIVE")
-    done = subprocess.run([*(launcher or [sys.executable]), *argv], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([*(launcher or [sys.executable]), *argv], cwd=ROOT, env=env, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -174,7 +175,8 @@ def test_a_checkpoint_is_as_large_as_planned(trained):
     ([*STAGES["base"], "--device_batch_size=-1", "--model_tag=x"], "device_batch_size=-1"),
     (["mid_train.py", "--source_tag=d7"], "d7: no checkpoint"),
     (["chat_sft.py", "--model_tag=a/b"], "a plain name"),
-    (["chat_cli.py", "-i", "rl", "-p", "hi"], "must be one of base, mid, sft"),
+    (["chat_cli.py", "-i", "rl", "-p", "hi"], "run chat_rl.py first"),
+    (["chat_sft.py", "--source=best"], "source=best: must be one of base, mid, sft, rl"),
     (["chat_cli.py", "-i", "best", "-p", "hi"], "source=best"),
     (["base_train.py", "--dtype=int8"], "dtype=int8"),
     (["base_train.py", "--model_tag=x", "--depth=1", "--num_shards=9", "--num_iterations=1", "--device=tpu"], "device=tpu"),
@@ -354,7 +356,7 @@ def test_changed_knobs_and_what_they_make_stale_are_named_at_once(copy):
     shutil.copytree(f"{mid}.old", mid)
     done = run(copy, *STAGES["sft"], "--identity_rows=3", "--resume=1", check=False)
     assert "trained with identity_rows=1000" in done.stderr, "the parent is there again"
-    done = run(copy, "chat_cli.py", "-i", "mid", "-p", "hi", "--max_tokens=2")
+    done = run(copy, "chat_cli.py", "-i", "mid")
     assert "d1, step 20" in done.stderr and "came from" not in done.stderr, "d1.old beside it is in nobody's way"
 
 
@@ -363,7 +365,7 @@ def test_a_second_variant_stands_beside_the_first(copy):
     run(copy, *fewer)
     meta = json.loads((copy / "chatsft_checkpoints/try/meta_000002.json").read_text())
     assert meta["tag"] == "try" and meta["source"]["tag"] == "d1" and (copy / FOLDER["sft"]).exists()
-    assert "try, step 2" in run(copy, "chat_cli.py", "-p", "hi", "--max_tokens=2", "--model_tag=try").stderr
+    assert "try, step 2" in run(copy, "chat_cli.py", "--model_tag=try").stderr
     run(copy, "report.py", "--model_tag=try", "--copy_to=")
     assert "Pretraining" in (copy / "report/try.md").read_text(), "the report follows a model to what it came from"
 

@@ -1,0 +1,89 @@
+"""
+A training run while it goes on, and after: read from its log.jsonl as that grows.
+
+reads   <stage>_checkpoints/<model_tag>/{log.jsonl,meta_NNNNNN.json}, and whether the trainer's lock is held
+"""
+import contextlib
+import json
+import os
+import re
+import statistics
+import zlib
+
+from checkpoint import FOLDERS, read_meta
+from plumbing.common import base_path
+from plumbing.stop import is_at_work
+
+MOST_ROWS = 5000               # in an answer; who wants more asks again
+TAIL = 1 << 15                 # bytes: about a hundred rows
+
+
+def runs():
+    """What is trained or was trained: a list of dicts, the one that has logged last first."""
+    found = []
+    for stage, parent in FOLDERS.items():
+        for tag in os.listdir(base_path(parent)) if os.path.isdir(base_path(parent)) else []:
+            folder, path = base_path(parent, tag), base_path(parent, tag, "log.jsonl")
+            with contextlib.suppress(OSError):                 # no folder of a run, or just moved away
+                found.append(dict(id=f"{stage}/{tag}", stage=stage, tag=tag, running=is_at_work(folder),
+                                  step=max((row["step"] for row in last_rows(path)), default=0),
+                                  num_iterations=total_steps(folder), updated=os.path.getmtime(path)))
+    return sorted(found, key=lambda run: -run["updated"])
+
+
+def rows_after(folder, cursor):
+    """
+    The rows that the log in a run's folder has got since a cursor was handed out, "" = all, with a new cursor: a dict.
+
+    A cursor says how many bytes have been read, and a checksum of the last of them: a run that is resumed writes its log
+    anew, without the steps after its checkpoint, and what was read before no longer holds.
+    raises  FileNotFoundError where there is no log
+    """
+    path, rows, restarted = os.path.join(folder, "log.jsonl"), [], False
+    with open(path, "rb") as f:
+        said = re.match(r"\d{1,18}(?=-)", cursor)
+        offset = int(said[0]) if said else 0
+        if cursor and cursor != cursor_at(f, offset):
+            offset, restarted = 0, True
+        f.seek(offset)
+        for line in f:
+            if not line.endswith(b"\n") or len(rows) == MOST_ROWS:       # half a row is still being written
+                break
+            offset += len(line)
+            rows += parsed(line)
+        cursor = cursor_at(f, offset)
+    running, total = is_at_work(folder), total_steps(folder)
+    steps = [(row["step"], row["ms"]) for row in last_rows(path) if row.get("ms")]
+    left = None
+    if running and total and steps:
+        left = (total - steps[-1][0] - 1) * statistics.median(ms for _, ms in steps[-50:]) / 1000
+    return dict(rows=rows, cursor=cursor, restarted=restarted, running=running, num_iterations=total, seconds_left=left)
+
+
+def cursor_at(f, offset):
+    """The cursor of a reader who has had so many bytes of a file."""
+    f.seek(max(0, offset - 200))
+    return f"{offset}-{zlib.crc32(f.read(min(offset, 200))):08x}"
+
+
+def last_rows(path):
+    """The last rows of a log."""
+    with open(path, "rb") as f:
+        f.seek(max(0, os.path.getsize(path) - TAIL))
+        return [row for line in f.read().split(b"\n") for row in parsed(line)]
+
+
+def parsed(line):
+    """[the row], or [] where a line holds none."""
+    try:
+        row = json.loads(line, parse_constant=lambda name: None)
+    except (ValueError, RecursionError):
+        return []
+    return [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
+
+
+def total_steps(folder):
+    """How many steps the run has: its log begins with that; None if it is not known."""
+    with open(os.path.join(folder, "log.jsonl"), "rb") as f:
+        first = parsed(f.readline())
+    return (first and first[0].get("num_iterations")) or read_meta(folder).get("num_iterations")
