@@ -321,7 +321,7 @@ def found(stage, tag, what, read):
         return read(stage_folder(stage, tag))
     except SystemExit as error:
         raise Wrong(404, str(error)) from None
-    except FileNotFoundError:
+    except OSError:                                            # or its name is too long for one
         raise Wrong(404, f"{stage}/{tag}: there is no {what} of it (yet)") from None
 
 

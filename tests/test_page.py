@@ -426,6 +426,21 @@ def test_storage_that_is_damaged_or_full(window):
     assert "nobody" in me.last().inner_text() and "no room left" in page.locator("#notice").inner_text()
 
 
+def test_two_windows_with_the_same_chat(window):
+    me = window()
+    page = me.open()
+    me.ask("first")
+    other = me.context.new_page()
+    other.goto(me.url + "/#chat")
+    other.wait_for_selector("#send:enabled")
+    other.fill("#message", "second")
+    other.keyboard.press("Enter")
+    other.wait_for_selector(".turn >> nth=1")
+    expect(other.locator("[aria-busy=true]")).to_have_count(0)
+    page.reload()                                                       # it has the chat as it was before
+    assert page.locator(".question > p").all_inner_texts() == ["first", "second"]
+
+
 @contextlib.contextmanager
 def run_in_progress(base_dir, stage, tag, rows):
     """A run's folder whose lock is held; yields a function that appends rows to its log."""
