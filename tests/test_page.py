@@ -323,6 +323,9 @@ def test_tokens_and_their_probabilities(window):
     assert "calculator" in tip.inner_text()
     me.press("Tokens")
     assert me.last("strong").inner_text() == "nobody"
+    told = {"tokens": ["a"], "token_logprobs": [-0.1], "top_logprobs": [{"a": -0.1, "b": -3, "7": -4}]}    # of a base model
+    likeliest = page.evaluate("told => legacyTokens(told)[0].top_logprobs.map(each => each.token)", told)
+    assert likeliest == ["a", "b", "7"]
 
 
 def test_keyboard_only(window):
