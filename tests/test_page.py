@@ -227,6 +227,24 @@ def test_stop(window, url):
     assert page.locator("footer :text('stopped')").count() == 2
 
 
+def test_escape_ends_what_one_is_in(window):
+    me = window()
+    page = me.open(model="sft/endless")
+    page.click("#settings-button")
+    page.fill("#max_tokens", "15000")
+    page.fill("#message", "go on")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("[aria-busy=true] p:not(:empty)")
+    for name, left in (("Edit", ".question form"), ("Rename go on", "#chats input")):
+        page.get_by_role("button", name=name, exact=True).first.dispatch_event("click")
+        page.wait_for_selector(left)
+        page.keyboard.press("Escape")
+        page.wait_for_selector(left, state="detached")
+        assert page.locator("[aria-busy=true]").count() == 1, "only the editing is left"
+    page.keyboard.press("Escape")
+    page.wait_for_selector("footer :text('stopped')")
+
+
 def test_regenerate_edit_and_settings(window):
     me = window()
     page = me.open()
