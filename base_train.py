@@ -135,7 +135,7 @@ for step in range(start_step, total_steps + 1):
             stage="base", num_iterations=total_steps, val_bpb=val_bpb, progress=progress.state(),
             shards=shards, tokens=train_stream.counts(), config=config,
             tokenizer=tokenizer.fingerprint, params=params, flops_per_token=flops, rows=rows,
-            device_batch_size=B, machine=machine.describe(), peak_memory=machine.peak_memory()))
+            device_batch_size=B, machine=machine.describe(), peak_memory=machine.peak_memory()), wait=last or stopping)
     if stopping:
         leave(step, resume)
     if due(step, sample_every, last):

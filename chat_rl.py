@@ -128,7 +128,7 @@ for step in range(start_step, total_steps + 1):
         save_checkpoint(checkpoint_dir, step, model, optimizers, dict(
             stage="rl", num_iterations=total_steps, progress=progress.state(), config=config, source=parent,
             tokenizer=tokenizer.fingerprint, rows=examples_per_step, conversations=len(train_data), device_batch_size=B,
-            machine=machine.describe(), peak_memory=machine.peak_memory()))
+            machine=machine.describe(), peak_memory=machine.peak_memory()), wait=last or stopping)
     if stopping:
         leave(step, resume)
     if (eval_every and step == 0 or due(step, eval_every, last)) and not stop.is_near():

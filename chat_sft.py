@@ -136,7 +136,7 @@ for step in range(start_step, total_steps + 1):
             stage="sft", num_iterations=total_steps, val_loss=val_loss, progress=progress.state(), config=config,
             source=parent, tokenizer=tokenizer.fingerprint, flops_per_token=flops, rows=rows,
             conversations=len(train_data), device_batch_size=B, machine=machine.describe(),
-            peak_memory=machine.peak_memory()))
+            peak_memory=machine.peak_memory()), wait=last or stopping)
     if stopping:
         leave(step, resume)
     if eval_metrics_every and due(step, eval_metrics_every, last) and not stop.is_near():

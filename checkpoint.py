@@ -4,22 +4,26 @@ Checkpoints: written so that a crash at any moment leaves the one before intact.
 A step is three kinds of files in the stage's folder: model_NNNNNN.pt, optim_NNNNNN_rankR.pt and, last of all,
 meta_NNNNNN.json with the sizes and sha256 of the others. No meta, no checkpoint. Tensors are loaded as data, not code.
 A damaged one is passed over for the one before it; the trainer also renames its files to *.damaged.
+In the middle of a run the training goes on while a thread writes what was copied in memory.
 """
 import contextlib
+import io
 import math
 import os
 import re
 import shlex
 import shutil
 import sys
+import threading
+import time
 
 import torch
 
 from model import GPT, GPTConfig
-from plumbing.budget import KEEP
+from plumbing.budget import KEEP, checkpoint_bytes
 from plumbing.common import (RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, fingerprint, print0,
                              read_json, sync, write_json)
-from plumbing.machine import barrier
+from plumbing.machine import PATIENCE, barrier, free_memory
 from tokenizer import load_tokenizer
 
 # the stages in their order: where their models are, what trains them, and the code that their weights depend on
@@ -40,13 +44,18 @@ FREE_KNOBS = {"run", "resume", "model_tag", "source_tag", "device", "dtype", "de
               "eval_metrics_max_problems", "core_metric_every", "core_metric_max_per_task", "final_eval_tokens"}
 
 
-def save_checkpoint(folder, step, model, optimizers, meta):
+writing = None                     # the thread of the last checkpoint that was written while the training went on
+
+
+def save_checkpoint(folder, step, model, optimizers, meta, wait=True):
     """
     Write one step; every rank calls it, each saves its own share of the optimizer's state.
 
     meta: JSON data with "stage"; step, tag, code, model_config and files are added. Older steps are removed after.
+    wait: False = return when all is copied in memory, where there is room for that; the next call waits for its end
     raises SystemExit, before anything is written, where the weights or the validation result are no numbers
     """
+    global writing
     bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     bad += [key for key in ("val_bpb", "val_loss") if not math.isfinite(meta.get(key) or 0.0)]
     if bad:
@@ -54,32 +63,85 @@ def save_checkpoint(folder, step, model, optimizers, meta):
         before = f"step {steps[-1]} stays the newest; go on from it with another dtype, or" if steps else "none was saved before;"
         raise SystemExit(f"{folder}: step {step} is not saved, {bad[0]} is not finite: the training has diverged; {before} "
                          "train anew with lower rates")
+    if writing and RANK != 0:
+        writing.join()
+    barrier()                                                    # all shares of the one before are on the disk
+    if writing and RANK == 0:
+        writing.join()
     os.makedirs(folder, exist_ok=True)
     if RANK == 0:
         remove_leftovers(folder)
     barrier()                                                    # before any rank writes
+    meta = dict(step=step, **meta, tag=os.path.basename(folder), code={name: code_hash(name) for name in CODE[meta["stage"]]},
+                model_config=vars(model.config), world_size=WORLD_SIZE)
+    own = {path_of(folder, "optim", step): [o.state_dict() for o in optimizers]}
     if RANK == 0:
-        save_tensors(path_of(folder, "model", step), model.state_dict())
-    save_tensors(path_of(folder, "optim", step), [o.state_dict() for o in optimizers])
-    barrier()                                                    # all shares are on the disk
-    if RANK == 0:
-        paths = [path_of(folder, "model", step), *(path_of(folder, "optim", step, r) for r in range(WORLD_SIZE))]
-        files = {os.path.basename(path): fingerprint(path) for path in paths}
-        code = {name: code_hash(name) for name in CODE[meta["stage"]]}
-        sync(os.path.join(folder, "log.jsonl"))                  # no step behind the checkpoint
-        write_json(path_of(folder, "meta", step), dict(
-            step=step, **meta, tag=os.path.basename(folder), code=code, model_config=vars(model.config),
-            world_size=WORLD_SIZE, files=files))
-        for old in steps_in(folder)[:-KEEP]:
-            os.remove(path_of(folder, "meta", old))              # first, so that what is left is never taken for whole
-        remove_leftovers(folder)
-        print0(f"saved {path_of(folder, 'model', step)}")
-    barrier()
+        own = {path_of(folder, "model", step): model.state_dict(), **own}
+    if wait or free_memory() < 2 * WORLD_SIZE * checkpoint_bytes(model.config):
+        write_step(folder, meta, own, together=wait)
+    else:
+        copies = {path: in_memory(data) for path, data in own.items()}
+        writing = threading.Thread(target=write_beside, args=(folder, meta, copies), name="checkpoint")
+        writing.start()                                          # no daemon: the program does not end before it
+    if wait:
+        barrier()
+
+
+def write_beside(*args):
+    """write_step in a thread; what fails in it ends the program, with the same line as in the loop."""
+    try:
+        write_step(*args)
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            print(error, file=sys.stderr)
+        else:
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def write_step(folder, meta, own, together=False):
+    """
+    Write a rank's own files {path: content}; the first rank waits for those of the others, then writes the meta.
+
+    together: no rank trains meanwhile, so they meet; else the loop may be at an exchange of its own, and only files tell
+    """
+    for path, data in own.items():
+        save_tensors(path, data)
+    if together:
+        barrier()
+    if RANK != 0:
+        return
+    paths = [path_of(folder, "model", meta["step"]), *(path_of(folder, "optim", meta["step"], r) for r in range(WORLD_SIZE))]
+    clock = time.monotonic()
+    while missing := [path for path in paths if not os.path.exists(path)]:    # there, it is whole
+        time.sleep(0.1)
+        patience = PATIENCE.seconds if threading.main_thread().is_alive() else 20      # it has ended by an error
+        if time.monotonic() > clock + patience:
+            raise SystemExit(f"{missing[0]}: not there after {patience} s, so this step is not saved; run again to go on")
+    files = {os.path.basename(path): fingerprint(path) for path in paths}
+    sync(os.path.join(folder, "log.jsonl"))                      # no step behind the checkpoint
+    write_json(path_of(folder, "meta", meta["step"]), {**meta, "files": files})
+    for old in steps_in(folder)[:-KEEP]:
+        os.remove(path_of(folder, "meta", old))                  # first, so that what is left is never taken for whole
+    remove_leftovers(folder)
+    print0(f"saved {path_of(folder, 'model', meta['step'])}")
+
+
+def in_memory(data):
+    """The bytes that torch.save writes."""
+    file = io.BytesIO()
+    torch.save(data, file)
+    return file.getbuffer()
 
 
 def save_tensors(path, data):
-    """torch.save to a file that appears whole; a full disk is an OSError, as in any other file."""
+    """torch.save, or what in_memory has made, to a file that appears whole; a full disk is an OSError, as in any other file."""
     with atomic_write(path) as f:
+        if isinstance(data, memoryview):
+            f.write(data)
+            return
         try:
             torch.save(data, f)
         except RuntimeError as error:                            # torch's zip writer hides the cause

@@ -169,6 +169,9 @@ def tokenize_shard(path, tokenizer):
             assert ids.dtype == np.uint16, f"{path}: a token does not fit uint16"
             f.write(ids)                          # <|bos|> and the ids of text after text, in a row
         write_sums(out, f)
+    newer = os.path.getmtime(path)
+    if newer > os.path.getmtime(out):             # the clock was set back, or another machine's is ahead
+        os.utime(out, (newer, newer))
     return out
 
 
@@ -220,14 +223,17 @@ def wait_for_shard(path, replaced=False):
     replaced: not the file that is_to_be_replaced, but the one that comes after it
     """
     name, folder = os.path.basename(path), os.path.dirname(path)
-    alive, said = time.time(), False
+    alive, seen, said = time.monotonic(), {}, False
     while not os.path.exists(path) or (replaced and is_to_be_replaced(path)):
         state = "the embedded corpus or a damaged file" if replaced else "not here"
+        before, seen = seen, {}                                      # by change: their clock may be another machine's
         for other in os.listdir(folder) if os.path.isdir(folder) else []:
             if other.endswith((".part", ".parquet")):
                 with contextlib.suppress(FileNotFoundError):         # renamed in this moment
-                    alive = max(alive, os.path.getmtime(os.path.join(folder, other)))
-        if time.time() - alive > PATIENCE:
+                    seen[other] = os.path.getmtime(os.path.join(folder, other))
+        if seen != before:
+            alive = time.monotonic()
+        if time.monotonic() - alive > PATIENCE:
             raise SystemExit(f"{path}: {state}, and nothing has arrived for {PATIENCE} s; fetch it with python "
                              "prepare.py -n N, then resume" + ", or take what is here: --num_shards=0" * replaced)
         if not said:

@@ -150,7 +150,7 @@ for step in range(start_step, total_steps + 1):
             stage="mid", num_iterations=total_steps, val_bpb=val_bpb, progress=progress.state(),
             config=config, source=source,
             tokenizer=tokenizer.fingerprint, flops_per_token=flops, rows=rows, conversations=len(train_data),
-            device_batch_size=B, machine=machine.describe(), peak_memory=machine.peak_memory()))
+            device_batch_size=B, machine=machine.describe(), peak_memory=machine.peak_memory()), wait=last or stopping)
     if stopping:
         leave(step, resume)
     if last:

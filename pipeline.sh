@@ -42,6 +42,7 @@ configuration                         # the driver's table: the values of $CONFI
 # its own tokenizer and text for the tiny model, so that a later demo run does not find them in its way
 if [ "$CONFIG" = tiny ]; then NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat/tiny}; fi
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
+case "$NANOCHAT_BASE_DIR" in "~/"*) NANOCHAT_BASE_DIR=~/${NANOCHAT_BASE_DIR#"~/"} ;; esac      # given in quotes, as the stages read it
 
 # what plan.py needs to know; with PLAN=flags it asks for them itself, for each row of the drivers' tables
 plan_flags=(--depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$TOTAL_BATCH_SIZE" --vocab_size="$VOCAB_SIZE"

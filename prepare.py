@@ -1,8 +1,8 @@
 """
-Fetch what the run learns from: shards of web text, and with --tasks=1 conversations and questions.
+Fetch what the run learns from: shards of web text, and with --tasks=1 conversations and questions, CORE's too.
 
 reads   the hub (HF_ENDPOINT, NANOCHAT_MIRROR); with --embedded=1 the documentation inside this Python instead
-writes  base_data/shard_NNNNN.parquet, task_data/
+writes  base_data/shard_NNNNN.parquet, task_data/, eval_bundle/
 run     python prepare.py -n 8               the first 8 training shards and the validation shard
         python prepare.py --tasks=1          conversations and questions
         python prepare.py --embedded=1       no network
@@ -29,7 +29,7 @@ from tasks.pydocs import documents, is_validation
 num_shards = 0         # -n: training shards to fetch, from 00000 on (95 MB, 52M tokens each); 0 = 8; with --tasks none
 num_threads = 4        # files fetched at the same time
 embedded = False       # 1 = write the embedded corpus as the shards instead of downloading any
-tasks = False          # 1 = fetch what the tasks need (conversations, questions, words), and shards only as -n says
+tasks = False          # 1 = fetch what the tasks and CORE need (conversations, questions, words), and shards only as -n says
 verify = False         # 1 = read every file to its end, by its checksum where one was kept; alone: those that are here
 config = configure(globals())
 
@@ -115,5 +115,8 @@ try:
         fetch_shards(here)
     if tasks or verify:
         fetch(verify, missing=tasks)
+    if tasks:
+        from evals.core import fetch_bundle       # here: it takes torch with it, seconds that the rest need not wait
+        fetch_bundle()
 except stop.Stopped as stopped:
     os._exit(stopped.code)                    # a normal exit would wait for the threads

@@ -47,14 +47,14 @@ TOKENIZER = {"stages", "resume", "curve"}          # parts that need one, and wi
 # in order of worth: part, measurement, seconds it may take (a guess for an H200, until results.jsonl of one is seen)
 GPU_DAY = """
     stages text 30, stages base_train 150, stages mid_train 110, stages chat_sft 70, stages base_eval 50,
-    stages chat_eval 70, stages chat_cli 20, stages report 10, fit d12 90, bench d12 150, fit d20 150, bench d20 300,
+    stages chat_eval 70, stages chat_rl 70, stages chat_cli 20, stages report 10, fit d12 90, bench d12 150, fit d20 150, bench d20 300,
     memory d12 60, cards d12-in-12GB 130, resume d6 150, curve d12 200, decode d12 30, cards d20-in-24GB 240,
     fit d16 120, bench d16 240, cards d20-in-40GB 180, fit d14 100, bench d14 200, fit d18 140, bench d18 270,
     memory d20 90, cards d14-in-40GB 120, cards d12-in-16GB 90, cards d16-in-24GB 150, memory d14 70,
     cards d16-in-16GB 150, cards d18-in-24GB 180, cards d18-in-40GB 180, decode d20 40"""
 TOY_DAY = """
     stages text 15, stages base_train 15, stages mid_train 30, stages chat_sft 30, stages base_eval 15,
-    stages chat_eval 20, stages chat_cli 10, stages report 10, fit d1 15, bench d1 30, memory d1 10, decode d1 10,
+    stages chat_eval 20, stages chat_rl 20, stages chat_cli 10, stages report 10, fit d1 15, bench d1 30, memory d1 10, decode d1 10,
     resume d1 40, curve d1 40, cards d1-in-12GB 10"""
 # what the parts that train run with
 BASE = "--depth=12 --max_seq_len=1024 --total_batch_size=524288 --num_iterations=40"
@@ -64,9 +64,10 @@ BENCH = {"d12": "--max_seq_len=1024 --rows=128 --device_batch_size=64"}         
 BENCH_2048 = "--max_seq_len=2048 --rows=64 --device_batch_size=16"
 BENCH_TOY = "--max_seq_len=32 --vocab_size=256 --rows=4 --steps=1 --turns=1"
 # of the stages: where those that train leave their models, and which one each needs
-FOLDERS = dict(base_train="base_checkpoints", mid_train="mid_checkpoints", chat_sft="chatsft_checkpoints")
+FOLDERS = dict(base_train="base_checkpoints", mid_train="mid_checkpoints", chat_sft="chatsft_checkpoints",
+               chat_rl="chatrl_checkpoints")
 NEEDS = dict(mid_train="base_train", base_eval="base_train", chat_sft="mid_train", chat_eval="chat_sft",
-             chat_cli="chat_sft", report="chat_sft")
+             chat_rl="chat_sft", chat_cli="chat_sft", report="chat_sft")
 
 
 class Failed(Exception):
@@ -144,6 +145,8 @@ def stages(item, ends):
         mid_train=f"--source_tag=day {tasks} {rows} --num_iterations={steps} --assistant_name=nanochat",
         chat_sft=f"--source_tag=day {tasks} --num_iterations={steps} --eval_examples=20 "
                  f"--eval_metrics_max_problems={few}",
+        chat_rl=f"--source_tag=day --task=spelling_bee --num_iterations={steps} --eval_examples={few} --eval_every=0 "
+                + "--examples_per_step=2 --num_samples=2 --max_new_tokens=8" * toy,
         base_eval="--tasks=bpb,samples",
         chat_eval=f"{tasks} --max_problems={few} --max_tokens={4 * few}",
         chat_cli="--prompt=Hello --max_tokens=16",
@@ -183,14 +186,14 @@ def train(folder, tag, argv, ends):
 
 def trained(seconds, meta, log_rows, said):
     """The figures of a training stage."""
-    steps = [row for row in log_rows if "loss" in row]
-    later = steps[len(steps) // 2:]                              # the first ones compile
+    steps = [row for row in log_rows if "tokens_per_second" in row]
+    later, what = steps[len(steps) // 2:], "loss" if "loss" in steps[0] else "reward"    # the first ones compile
     compiled = not toy and meta["config"].get("compile_model", False) and "torch.compile fails" not in said
     return dict(seconds=seconds, steps=len(steps), dtype=meta["machine"]["dtype"], compiled=compiled,
                 micro_batch=meta["device_batch_size"],
                 tokens_per_second=statistics.median(row["tokens_per_second"] for row in later),
                 mfu=statistics.median(row["mfu"] for row in later) if later[0]["mfu"] else None,
-                peak_bytes=meta["peak_memory"], first_loss=steps[0]["loss"], last_loss=steps[-1]["loss"])
+                peak_bytes=meta["peak_memory"], **{f"first_{what}": steps[0][what], f"last_{what}": steps[-1][what]})
 
 
 def measured(what, item, ends):

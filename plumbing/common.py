@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import statistics
+import threading
 import tokenize
 from collections import deque
 from dataclasses import dataclass
@@ -220,15 +221,20 @@ def read_log(folder, remarks=None):
     remarks  a list that takes the line; None prints it. Of a last row that a crash cut short nothing is said.
     """
     rows, damaged, path = [], 0, os.path.join(folder, "log.jsonl")
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as f:
-        for line in f:
-            row = None
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-            else:
-                damaged += line.endswith(b"\n")
+    try:
+        with open(path, "rb") as f:
+            for line in f:
+                row = None
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
+                else:
+                    damaged += line.endswith(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:                                     # says nothing about what is in it
+        raise SystemExit(f"{path}: can't be read ({error.strerror}); run again when it can be") from None
     if damaged:
         line = f"{os.path.relpath(path, base_path())}: {damaged} damaged row{'s' if damaged > 1 else ''} left out"
         print0(line) if remarks is None else remarks.append(f"{line}.")
@@ -294,7 +300,8 @@ class Progress:
     def watch(self, step, loss, step_seconds):
         """Say, each once, what a person at the screen would notice: a full disk, a loss that jumps, a slow step."""
         remarks, folder = {}, self.log.folder
-        if os.path.isdir(folder) and (free := shutil.disk_usage(folder).free) < self.checkpoint_bytes:
+        saving = any(thread.name == "checkpoint" for thread in threading.enumerate())     # then the oldest will go
+        if not saving and os.path.isdir(folder) and (free := shutil.disk_usage(folder).free) < self.checkpoint_bytes:
             remarks["disk"] = (f"{free / 1e6:,.0f} MB are free in {folder}, the next checkpoint needs about "
                                f"{self.checkpoint_bytes / 1e6:,.0f} MB: make room, or it can't be saved")
         if len(self.recent) >= 20:

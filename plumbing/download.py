@@ -26,6 +26,7 @@ HUB = "https://huggingface.co"
 CONNECT, WINDOW = 10, 60         # seconds to connect; seconds in which an answer begins, or LEAST bytes of it come
 LEAST = 1 << 18                  # bytes that count as progress: 4 KB/s, a shard in 6 hours
 PAUSES = (1, 2, 4, 8, 16, 32)    # seconds before each further try since the last progress: about a minute in all
+LARGEST = 20e9                   # bytes; no file of ours comes near it, and a body that says no length may have no end
 LONGEST_PAUSE = 300              # seconds; a server that asks for more is tried again then
 # What may pass by itself: no connection, silence, a body cut short.
 TRANSPORT_ERRORS = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError)
@@ -233,6 +234,10 @@ def receive(response, f):
     while block := response.raw.read1(LEAST, decode_content=False):
         f.write(block)
         f.flush()
+        if f.tell() > LARGEST:
+            f.truncate(0)
+            raise SystemExit(f"{response.url}: over {LARGEST / 1e9:.0f} GB came and no end of it; check HF_ENDPOINT, NANOCHAT_MIRROR, "
+                             "or what is in between")
         if f.tell() >= had + LEAST:
             since, had = time.monotonic(), f.tell()
         elif time.monotonic() > since + WINDOW:

@@ -112,7 +112,7 @@ def attempt(machine, model, optimizers, B):
     T = model.config.sequence_len
     idx = torch.arange(B * T, device=machine.device).view(B, T) * 7919 % model.config.vocab_size
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    failed, seconds = 0, 1.0
+    failed, seconds, exchanging = 0, 1.0, False
     if machine.device.type == "cuda":
         torch._dynamo.reset()                                    # else it gives up compiling after eight sizes
         free, total = torch.cuda.mem_get_info()
@@ -134,13 +134,18 @@ def attempt(machine, model, optimizers, B):
             if failures:                                         # on one rank: no one may wait for it in the exchange below
                 return 0.0
             if turn == 1:
+                exchanging = WORLD_SIZE > 1
                 for optimizer in optimizers:
                     for group in optimizer.param_groups:
                         group["lr"] = 0.0
                     optimizer.step()
+                exchanging = False
         model.score(idx, idx)
     except RuntimeError as error:
         failed = no_memory(error)
+        if exchanging:                                           # the others wait in Muon's step: they end with this rank
+            raise SystemExit(f"rank {RANK}: no memory for the optimizers' step, at {B} rows; the same command goes on with half "
+                             "of DEVICE_BATCH_SIZE or --device_batch_size") from None
     finally:
         model.zero_grad(set_to_none=True)
         for optimizer, before in zip(optimizers, rates):

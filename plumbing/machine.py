@@ -3,6 +3,7 @@ The machine a stage runs on: device, number format, threads, ranks. Decided once
 
 No other file asks for a device by name, so a stage reads the same on a GPU and on a laptop.
 """
+import contextlib
 import itertools
 import os
 import platform
@@ -100,6 +101,17 @@ def start(device="", dtype="", meta=None):
     machine = Machine(chosen, DTYPES[dtype], dtype, name, peak_flops(name), free_bytes)
     use_numerics(machine, asked, meta and meta.get("machine"))
     return machine
+
+
+def free_memory():
+    """Bytes of the computer's memory that this process could still take; 0 where the system (no Linux) does not say."""
+    free = 0
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as f:
+        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", f.read())[1])
+    with contextlib.suppress(OSError, ValueError):               # a container's own limit: a number, or the word max
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as f, open("/sys/fs/cgroup/memory.stat", encoding="ascii") as g:
+            free = min(free, int(f.read()) - int(re.search(r"^anon (\d+)", g.read())[1]))
+    return free
 
 
 def cores():

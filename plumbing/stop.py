@@ -55,8 +55,9 @@ def watch_output(gone=lambda: None):
     for name, fd in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream and stream is getattr(sys, f"__{name}__"):     # else a test has put another in its place
+            errors = stream.errors.replace("strict", "backslashreplace")     # no letter that a terminal lacks ends a run
             setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(Output(fd, "w", closefd=False)), stream.encoding,
-                                                stream.errors, line_buffering=True))
+                                                errors, line_buffering=True))
             atexit.register(getattr(sys, name).flush)
 
 
@@ -73,7 +74,7 @@ def told(number, _):
         line = f"stopping after {finishing}; once more to leave at once" if in_loop or cutting else "stopped"
         with contextlib.suppress(OSError):
             os.write(2, f"{line}\n".encode())
-    if not in_loop:
+    if not in_loop and threading.current_thread() is threading.main_thread():      # another one has met a closed pipe
         if not cutting:
             at_the_latest = threading.Timer(3, os._exit, [128 + number])     # a library may swallow the exception
             at_the_latest.daemon = True

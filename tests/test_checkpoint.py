@@ -8,13 +8,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import checkpoint
 from checkpoint import find_checkpoint, path_of, read_meta, save_checkpoint, steps_in, whole_checkpoint
-from conftest import DAMAGES, damage
+from conftest import DAMAGES, ROOT, damage
 from model import GPT, GPTConfig
 from muon import build_optimizers
 from plumbing import common
@@ -34,8 +36,15 @@ def state(step):
     return model, optimizers
 
 
-def save(folder, step, **more):
-    save_checkpoint(str(folder), step, *state(step), dict(stage="base", num_iterations=40, config={}, tokenizer="", val_bpb=1.5) | more)
+def save(folder, step, wait=True):
+    meta = dict(stage="base", num_iterations=40, config={}, tokenizer="", val_bpb=1.5)
+    model, optimizers = state(step)
+    save_checkpoint(str(folder), step, model, optimizers, meta, wait)
+    with torch.no_grad():                                    # the training goes on
+        for value in (*model.parameters(), *optimizers[0].state_dict()["state"][0].values()):
+            value.zero_()
+    if not wait:
+        checkpoint.writing.join()
 
 
 @pytest.fixture
@@ -60,7 +69,7 @@ def require_saved(folder, meta):
         assert str(old) == str(new.state_dict())
 
 
-def killed_at(folder, number, after):
+def killed_at(folder, number, after, wait):
     """Save step 30 in a copy of this process that is killed at call `number` of CALLS -> whether there were so many."""
     child = os.fork()
     if not child:
@@ -81,18 +90,18 @@ def killed_at(folder, number, after):
         for name in CALLS:
             setattr(os, name, lambda *args, name=name: call(name, *args))
         builtins.print = lambda *args, **more: None
-        save(folder, 30)
+        save(folder, 30, wait)
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("after", [False, True])
-def test_killed_at_every_rename_flush_and_removal_of_a_save(folder, tmp_path, after):
+@pytest.mark.parametrize("after, wait", [(False, True), (True, True), (False, False)])
+def test_killed_at_every_rename_flush_and_removal_of_a_save(folder, tmp_path, after, wait):
     number, found = 1, []
     while True:
         place = tmp_path / f"{number}/d1"
         shutil.copytree(folder, place)
-        if not killed_at(place, number, after):
+        if not killed_at(place, number, after, wait):
             break
         meta = whole_checkpoint(str(place), to_train=True)
         require_saved(place, meta)
@@ -104,6 +113,41 @@ def test_killed_at_every_rename_flush_and_removal_of_a_save(folder, tmp_path, af
         assert sorted(os.listdir(place)) == sorted(wanted), "nothing is left over, no damage was seen"
         number += 1
     assert found == sorted(found) and set(found) == {20, 30} and number > 15, "until the meta is there the old one counts"
+
+
+def test_a_save_beside_the_training_writes_the_same_bytes(folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folder, tmp_path / "beside/d1")
+    shutil.copytree(folder, tmp_path / "short/d1")
+    save(folder, 30)
+    save(tmp_path / "beside/d1", 30, wait=False)
+    monkeypatch.setattr(checkpoint, "free_memory", lambda: 0)                # then it waits as well
+    monkeypatch.setattr(checkpoint, "writing", None)
+    model, optimizers = state(30)
+    save_checkpoint(str(tmp_path / "short/d1"), 30, model, optimizers,
+                    dict(stage="base", num_iterations=40, config={}, tokenizer="", val_bpb=1.5), wait=False)
+    assert checkpoint.writing is None and capsys.readouterr().out.count("saved ") == 3
+    for other in ("beside", "short"):
+        for name in os.listdir(folder):
+            assert (folder / name).read_bytes() == (tmp_path / other / "d1" / name).read_bytes(), name
+
+
+FULL = """
+import resource, signal, sys, time
+import test_checkpoint
+folder = sys.argv[1]
+test_checkpoint.save(folder, 10)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))                      # like a disk that fills up
+test_checkpoint.save_checkpoint(folder, 20, *test_checkpoint.state(20), dict(stage="base"), wait=False)
+time.sleep(60)
+"""
+
+
+def test_a_save_beside_the_training_that_fails_ends_the_run_in_one_line(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path / "d1")], capture_output=True, text=True, timeout=50,
+                          env=dict(os.environ, PYTHONPATH=os.pathsep.join([ROOT, os.path.dirname(__file__)])))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "File too large" in done.stderr, done.stderr
+    assert steps_in(str(tmp_path / "d1")) == [10] and not [name for name in os.listdir(tmp_path / "d1") if "20" in name]
 
 
 def changed(content, **values):

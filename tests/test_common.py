@@ -118,6 +118,12 @@ def test_what_a_killed_writer_left_goes_and_what_another_writes_stays(tmp_path):
     sync(str(tmp_path / "not there"))
 
 
+def test_a_log_that_can_not_be_read_is_one_line_and_not_an_empty_one(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(SystemExit, match="log.jsonl: can't be read .Is a directory."):
+        Log(str(tmp_path), 0)
+
+
 def test_no_error_of_the_disk_is_a_traceback(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="file/x: can't be written"):

@@ -22,6 +22,7 @@ import pytest
 import data
 from conftest import ROOT, run_script
 from data import TokenStream, pad_batch, write_token_file
+from evals import core
 from plumbing import background, common
 from plumbing import download as download_module
 from plumbing.background import start_background
@@ -407,6 +408,19 @@ def test_what_comes_packed_all_the_same_is_called_so(folder):
     assert len(seen) == 1 and os.listdir(folder) == ["base_data"]
 
 
+def test_a_body_without_an_end_has_one(folder, monkeypatch):
+    monkeypatch.setattr(download_module, "LARGEST", 3e6)
+
+    def endless(handler, n):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:                                                   # until it hangs up
+            handler.wfile.write(b"10000\r\n" + bytes(65536) + b"\r\n")
+    with serve(endless) as (url, seen):
+        with pytest.raises(SystemExit, match="a.parquet: over 0 GB came and no end of it"):
+            download(f"{url}/a.parquet", str(folder / "a.parquet"))
+    assert len(seen) == 1 and os.listdir(folder) == ["base_data"]
+
+
 def test_a_disk_that_is_full_in_the_middle_is_one_line(folder):
     code = ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, 700_000))\n"
@@ -473,6 +487,8 @@ def test_the_validation_shard_comes_first_and_nothing_is_fetched_twice(folder, m
 
 def test_the_tasks_come_alone_and_nine_shards_without_a_number(folder, monkeypatch, capsys):
     monkeypatch.setattr(downloaded, "SOURCES", {})
+    bundles = []
+    monkeypatch.setattr(core, "fetch_bundle", lambda: bundles.append(1))
     with serve(lambda h, n: send(h, parquet_bytes())) as (url, seen):
         monkeypatch.setattr(download_module, "HF_ENDPOINT", url)
         run_script("prepare.py", "--tasks=1")
@@ -480,7 +496,7 @@ def test_the_tasks_come_alone_and_nine_shards_without_a_number(folder, monkeypat
         assert not seen
         run_script("prepare.py")
         run_script("prepare.py", "-n", "9", "--tasks=1")
-    assert len(seen) == 10 and "9 of 10 shards are there" in capsys.readouterr().out
+    assert len(seen) == 10 and "9 of 10 shards are there" in capsys.readouterr().out and len(bundles) == 3
 
 
 def test_a_missing_shard_ends_the_download_with_an_error(folder, monkeypatch):
@@ -681,6 +697,14 @@ def flipped(content):
 
 
 FOREIGN = np.array([BYTES.vocab_size], np.uint16).tobytes()
+
+
+def test_a_shard_from_tomorrow_has_a_token_file_all_the_same(folder, capsys):
+    path = put_shard(0)
+    os.utime(path, (time.time() + 86400,) * 2)                   # the clock was set back since
+    for _ in range(2):
+        data.make_token_files([path], BYTES)
+    assert data.is_whole(data.token_path(path, BYTES)) and capsys.readouterr().out.count(" tokens in ") == 1
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 4 * 2], lambda b: b"", flipped, lambda b: b + b"x", lambda b: FOREIGN + b[2:]])
@@ -893,6 +917,7 @@ def test_other_ranks_start_nothing_and_wait(folder, monkeypatch):
 def test_a_shard_that_nobody_downloads_is_not_waited_for_forever(folder, monkeypatch, capsys):
     monkeypatch.setattr(data, "PATIENCE", 0.8)
     part = f"{data.shard_path(3)}.part"
+    os.utime(put_shard(9), (time.time() + 86400,) * 2)           # the clock of the files says nothing
     stop = threading.Event()
 
     def grow():                                   # some download is alive for 1.5 seconds

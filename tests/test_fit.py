@@ -43,6 +43,16 @@ def test_memory_that_runs_out_anywhere_is_a_try_that_failed(where, monkeypatch):
     assert all(p.grad is None for p in model.parameters()) and not any(o.state for o in optimizers)
 
 
+def test_a_rank_without_memory_for_the_exchange_ends(monkeypatch):
+    cpu, model = machine.start("cpu"), GPT(CONFIG)
+    optimizers = build_optimizers(model, 0.02, 0.2, 0.004)
+    monkeypatch.setattr(optimizers[1], "step", full)
+    monkeypatch.setattr(fit, "WORLD_SIZE", 2)                    # the other one would wait for it, in another exchange
+    with pytest.raises(SystemExit, match="rank 0: no memory for the optimizers' step, at 2 rows"):
+        fit.attempt(cpu, model, optimizers, 2)
+    assert all(p.grad is None for p in model.parameters()) and not any(o.state for o in optimizers)
+
+
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """A machine that says it is a GPU; `limit` is its memory, and a try fails beyond it."""

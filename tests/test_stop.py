@@ -80,31 +80,39 @@ def copy(trained, tmp_path):
     return tmp_path / "copy"
 
 
+def require_same_end(trained, copy, stage):
+    for name in (f"model_{60:06d}.pt", f"optim_{60:06d}_rank0.pt"):
+        assert fingerprint(copy / FOLDER[stage] / name) == fingerprint(trained / FOLDER[stage] / name)
+
+
 @pytest.mark.parametrize("stops", [1, pytest.param(25, marks=pytest.mark.full)])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_stopped_at_random_moments_is_the_same_run(trained, copy, stage, stops):
-    rng, last, stopped = random.Random(f"{stage} {stops}"), 0, 0
-    shutil.rmtree(copy / FOLDER[stage])
+    rng, last, stopped = random.Random(f"{stage} {stops}"), 60, 0
     for stop in range(stops):
+        if last == 60 or (copy / FOLDER[stage] / f"meta_{60:06d}.json").exists():          # at its end: once more
+            require_same_end(trained, copy, stage)
+            shutil.rmtree(copy / FOLDER[stage])
+            last = 0
         process = begin(copy, *STAGES[stage], "--resume=1")
-        said = read_up_to(process, "step ") if stop == 0 or rng.random() < 0.8 else ""     # else somewhere in the start
+        said = read_up_to(process, "| loss ") if last == 0 or rng.random() < 0.8 else ""     # else somewhere in the start
         time.sleep(rng.uniform(0, 1 / stops) if said else rng.uniform(0.3, 3))
         how = rng.choice([*SIGNALS, "PIPE"])
         if how == "PIPE":
             process.stdout.close()                               # as `| head` does
-            code, said = process.wait(60), ""
+            code, said = process.wait(200), ""
         else:
             process.send_signal(getattr(signal, f"SIG{how}"))
-            code, said = end(process)
+            code, said = end(process, 200)
         assert code in (0, SIGNALS.get(how, 141)) and "Traceback" not in said, said       # 0: it was at its end
         if match := re.search(r"stopped at step (\d+), saved; the same command goes on", said):
             assert int(match[1]) > last
             last, stopped = int(match[1]), stopped + 1
     print(f"{stage}: stopped {stopped} times in the loop, last at step {last}")
-    code, said = end(begin(copy, *STAGES[stage], "--resume=1"))
+    assert stopped > stops // 3 or stops == 1
+    code, said = end(begin(copy, *STAGES[stage], "--resume=1"), 300)
     assert code == 0, said
-    for name in (f"model_{60:06d}.pt", f"optim_{60:06d}_rank0.pt"):
-        assert fingerprint(copy / FOLDER[stage] / name) == fingerprint(trained / FOLDER[stage] / name)
+    require_same_end(trained, copy, stage)
 
 
 @pytest.mark.parametrize("name, code", SIGNALS.items())
@@ -159,6 +167,12 @@ def test_a_closed_pipe_ends_every_print_quietly(tmp_path):
     done = subprocess.run(f"{{ {sys.executable} -c \"{code}\"; echo $? >&2; }} | head -n 3", shell=True, cwd=ROOT,
                           capture_output=True, text=True)
     assert done.stdout == "a line\n" * 3 and done.stderr == "141\n"
+
+
+def test_a_letter_that_the_terminal_lacks_ends_no_run(tmp_path):
+    code = "from plumbing import stop; stop.listen(); print('\\u2603', '\\udcff', flush=True)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=dict(os.environ, PYTHONIOENCODING="latin-1"))
+    assert done.stdout == b"\\u2603 \\udcff\n" and not done.stderr
 
 
 def test_the_process_beside_the_trainer_is_deaf_until_the_trainer_ends(tmp_path):
@@ -234,6 +248,25 @@ def test_a_rank_that_is_gone_or_hangs_ends_the_other_in_one_line(copy, port, num
     two[1].kill()
     end(two[1])
     assert code == 1 and said.count("another rank has ended") == 1 and "Traceback" not in said, said
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["raise SystemExit(path + ': the disk is full')", "os.kill(os.getpid(), 9)"])
+def test_a_rank_that_ends_in_a_save_beside_the_training_ends_the_other(copy, port, how):
+    shutil.rmtree(copy / FOLDER["base"])
+    code = f"""
+import os, runpy, sys, checkpoint; from plumbing.common import RANK
+real, sys.argv = checkpoint.save_tensors, ["base_train.py", *sys.argv[1:]]
+def save(path, data):
+    if RANK == 1 and "000080" in path: {how}
+    real(path, data)
+checkpoint.save_tensors = save
+runpy.run_path("base_train.py", run_name="__main__")"""
+    two = [begin(copy, "-c", code, *STAGES["base"][1:], "--num_iterations=100000", rank=rank, world_size=2, port=port) for rank in (0, 1)]
+    (code, said), (code_1, said_1) = (end(process, 200) for process in two)
+    assert (code, code_1) in ((1, 1), (1, -9)) and "Traceback" not in said + said_1
+    assert said.count("another rank has ended") == 1 and "model_000040.pt" in said and "000080_rank1.pt: not there" in said
+    assert (copy / FOLDER["base"] / "meta_000040.json").exists() and not (copy / FOLDER["base"] / "meta_000080.json").exists()
 
 
 # ------------------------------------------------------------------------------- the driver

@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 
-from checkpoint import require_finite, steps_in
+from checkpoint import require_finite, steps_in, whole_checkpoint
 from conftest import DAMAGES, ROOT, damage
 from model import GPTConfig
 from plumbing.budget import checkpoint_bytes
@@ -118,8 +118,10 @@ def test_two_ranks_are_one_process(trained, copy, stage):
     shutil.rmtree(copy / FOLDER[stage])
     argv = [arg for arg in STAGES[stage] if "num_iter" not in arg] + ["--num_iterations=4", "--warmdown_ratio=0.0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run(copy, *argv, launcher=torchrun)
+    run(copy, *argv, "--save_every=2", launcher=torchrun)
     two = losses(copy / FOLDER[stage])
+    assert steps_in(copy / FOLDER[stage]) == [2, 4]
+    assert whole_checkpoint(copy / FOLDER[stage], 2)["world_size"] == 2, "saved beside the training"
     shutil.rmtree(copy / FOLDER[stage])
     run(copy, *argv)
     assert losses(copy / FOLDER[stage]) == pytest.approx(two, rel=1e-5)
@@ -449,6 +451,15 @@ def test_the_drivers_say_their_settings_and_run_however_they_are_called():
     for command in (["sh", "run_realistic.sh"], ["./run_realistic.sh"]):
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0 and "settings: CONFIG=demo DEPTH=4" in done.stdout and "plan: d4" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("given, folder", [("~/a b/ü", "/home/x/a b/ü"), ("/a b/~/c", "/a b/~/c"), ("", "/home/x/.cache/nanochat")])
+def test_the_drivers_take_a_folder_as_the_stages_do(given, folder):
+    with open(os.path.join(ROOT, "pipeline.sh"), encoding="utf-8") as f:
+        part = f.read().partition("# its own tokenizer")[2].partition("# what plan.py needs")[0]
+    env = dict(os.environ, HOME="/home/x", CONFIG="demo", NANOCHAT_BASE_DIR=given)
+    code = f'#{part}\nexec {sys.executable} -c "from plumbing.common import BASE_DIR; import os; print(BASE_DIR, os.environ[\'NANOCHAT_BASE_DIR\'])"'
+    assert subprocess.check_output(["bash", "-euc", code], cwd=ROOT, env=env, text=True) == f"{folder} {folder}\n"
 
 
 def test_a_base_run_never_goes_on_with_another_tokenizer(copy):
