@@ -3,7 +3,7 @@ Between messages and tokens: what a chat model is given to read, and what is sho
 
 in    messages, {"role": "user", "content": "..."} as in the API that everybody speaks; tokens, as they come from the engine
 out   prompt_of (a chat as tokens, its oldest turns left out where it is too long; else TooLong), TextStream (tokens as text that can
-      be shown as it comes), text_of and reply_parts (a whole reply), StopStrings, printable
+      be shown as it comes), text_of and reply_parts (a whole reply), content_of, StopStrings, printable
 """
 import codecs
 import unicodedata
@@ -94,17 +94,23 @@ def text_of(tokenizer, ids):
 
 
 def reply_parts(tokenizer, ids):
-    """A whole reply as a message's content: its text, or where it has called the calculator a list of parts."""
-    stream, parts = TextStream(tokenizer, brackets=False), []
+    """A whole reply as a message's content, see content_of."""
+    stream, pieces = TextStream(tokenizer, brackets=False), []
     for token in ids:
-        if text := stream.feed(token):
-            if not parts or parts[-1]["type"] != stream.kind:
-                parts.append({"type": stream.kind, "text": ""})
+        text = stream.feed(token)
+        pieces.append((stream.kind, text))             # after feed, which may change it
+    return content_of([*pieces, ("text", stream.flush())])
+
+
+def content_of(pieces):
+    """(kind, text) pairs as a message's content: a text, or where the calculator was called a list of parts."""
+    parts = []
+    for kind, text in pieces:
+        if text and parts and parts[-1]["type"] == kind:
             parts[-1]["text"] += text
-    rest = stream.flush()
-    if all(part["type"] == "text" for part in parts):
-        return "".join(part["text"] for part in parts) + rest
-    return parts + ([{"type": "text", "text": rest}] if rest else [])
+        elif text:
+            parts.append({"type": kind, "text": text})
+    return parts if any(part["type"] != "text" for part in parts) else "".join(part["text"] for part in parts)
 
 
 class StopStrings:

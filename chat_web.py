@@ -23,7 +23,7 @@ import uuid
 from fastapi import Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 
-from chat import TooLong, prompt_of
+from chat import TooLong, content_of, prompt_of
 from checkpoint import stage_folder
 from evals import live
 from plumbing import stop
@@ -195,20 +195,10 @@ async def whole(job, head, about):
             tokens, finish[piece.index] = tokens + piece.tokens, piece.finish
     choices = []
     for i in range(job.n):
-        content = {"message": dict(role="assistant", content=joined(texts[i]))} if job.chat else {"text": joined(texts[i])}
-        choices.append(dict(index=i, **content, logprobs=logprobs(job, entries[i]), finish_reason=finish[i]))
+        content = content_of(texts[i])
+        said = {"message": dict(role="assistant", content=content)} if job.chat else {"text": content}
+        choices.append(dict(index=i, **said, logprobs=logprobs(job, entries[i]), finish_reason=finish[i]))
     return JSONResponse(about | dict(choices=choices, usage=usage(head, tokens)))
-
-
-def joined(texts):
-    """(kind, text) pairs as the content of a message: a text, or where the calculator was called a list of parts."""
-    parts = []
-    for kind, text in texts:
-        if text and parts and parts[-1]["type"] == kind:
-            parts[-1]["text"] += text
-        elif text:
-            parts.append(dict(type=kind, text=text))
-    return parts if any(part["type"] != "text" for part in parts) else "".join(part["text"] for part in parts)
 
 
 async def stream(job, head, about, with_usage):
@@ -321,7 +311,7 @@ def found(stage, tag, what, read):
         return read(stage_folder(stage, tag))
     except SystemExit as error:
         raise Wrong(404, str(error)) from None
-    except FileNotFoundError:
+    except OSError:                                            # or its name is too long for one
         raise Wrong(404, f"{stage}/{tag}: there is no {what} of it (yet)") from None
 
 

@@ -93,7 +93,7 @@ def in_compute_dtype(model):
 
     The logits are the same to the last bit: what is float32 but for the weights stays so.
     """
-    if model.compute_dtype == torch.float32:
+    if model.compute_dtype == torch.float32 or model.lm_head.weight.dtype == model.compute_dtype:
         return model
     cast = {id(p): torch.nn.Parameter(p.to(model.compute_dtype), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, cast)                          # which takes what is in this dict for copied already
@@ -274,12 +274,12 @@ class Batch:
 
 
 class Engine:
-    """Generation with one model and its tokenizer."""
+    """Generation with one model, as it is now (one that is trained on needs another Engine), and its tokenizer."""
 
     def __init__(self, model, tokenizer):
         assert model.config.vocab_size == tokenizer.vocab_size, \
             f"the model has {model.config.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}"
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = in_compute_dtype(model), tokenizer        # cast once, for all that is asked
         self.ends = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
 
     def replies(self, prompts, max_tokens, temperature, top_k, seed, top_p=1.0):

@@ -150,9 +150,9 @@ class Model:
     def __init__(self, name, slots, device, dtype):
         folder, meta = find_checkpoint(*name.split("/", 1))
         self.name, self.sha, self.used = name, "", 0.0         # sha: of the newest weights when it was loaded
-        self.model, self.tokenizer = load_model(folder, meta, start(device, dtype, meta))
-        self.context = self.model.config.sequence_len
-        self.batch, self.writing = Batch(self.model, slots, self.context, PIECE), {}
+        model, self.tokenizer = load_model(folder, meta, start(device, dtype, meta))
+        self.context, self.writing = model.config.sequence_len, {}
+        self.batch = Batch(model, slots, self.context, PIECE)  # which alone keeps the weights, in the type they are multiplied in
 
     def begin(self, job):
         """Put the replies of a job into the batch -> Head; raises Wrong or ValueError where the prompt won't do."""

@@ -263,6 +263,7 @@ def test_weights_that_are_cast_once_give_the_same_logits(dtype):
     with torch.no_grad():
         assert torch.equal(ready(idx), model(idx))
     assert (ready is model) == (dtype == torch.float32)
+    assert in_compute_dtype(ready) is ready and Batch(Engine(model, TOKENIZER).model, 1, 8).model.lm_head.weight.dtype == dtype
 
 
 def test_memory_that_runs_out_takes_fewer_rows(monkeypatch):

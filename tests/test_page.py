@@ -227,6 +227,24 @@ def test_stop(window, url):
     assert page.locator("footer :text('stopped')").count() == 2
 
 
+def test_escape_ends_what_one_is_in(window):
+    me = window()
+    page = me.open(model="sft/endless")
+    page.click("#settings-button")
+    page.fill("#max_tokens", "15000")
+    page.fill("#message", "go on")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("[aria-busy=true] p:not(:empty)")
+    for name, left in (("Edit", ".question form"), ("Rename go on", "#chats input")):
+        page.get_by_role("button", name=name, exact=True).first.dispatch_event("click")
+        page.wait_for_selector(left)
+        page.keyboard.press("Escape")
+        page.wait_for_selector(left, state="detached")
+        assert page.locator("[aria-busy=true]").count() == 1, "only the editing is left"
+    page.keyboard.press("Escape")
+    page.wait_for_selector("footer :text('stopped')")
+
+
 def test_regenerate_edit_and_settings(window):
     me = window()
     page = me.open()
@@ -323,6 +341,9 @@ def test_tokens_and_their_probabilities(window):
     assert "calculator" in tip.inner_text()
     me.press("Tokens")
     assert me.last("strong").inner_text() == "nobody"
+    told = {"tokens": ["a"], "token_logprobs": [-0.1], "top_logprobs": [{"a": -0.1, "b": -3, "7": -4}]}    # of a base model
+    likeliest = page.evaluate("told => legacyTokens(told)[0].top_logprobs.map(each => each.token)", told)
+    assert likeliest == ["a", "b", "7"]
 
 
 def test_keyboard_only(window):
@@ -424,6 +445,21 @@ def test_storage_that_is_damaged_or_full(window):
     page.evaluate("() => void (Storage.prototype.setItem = () => { throw new Error('full'); })")
     me.ask("hello")
     assert "nobody" in me.last().inner_text() and "no room left" in page.locator("#notice").inner_text()
+
+
+def test_two_windows_with_the_same_chat(window):
+    me = window()
+    page = me.open()
+    me.ask("first")
+    other = me.context.new_page()
+    other.goto(me.url + "/#chat")
+    other.wait_for_selector("#send:enabled")
+    other.fill("#message", "second")
+    other.keyboard.press("Enter")
+    other.wait_for_selector(".turn >> nth=1")
+    expect(other.locator("[aria-busy=true]")).to_have_count(0)
+    page.reload()                                                       # it has the chat as it was before
+    assert page.locator(".question > p").all_inner_texts() == ["first", "second"]
 
 
 @contextlib.contextmanager

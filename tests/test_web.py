@@ -338,7 +338,8 @@ def test_a_body_that_is_no_request(server, body, words):
 def test_pages_that_are_not_there(server):
     for method, path, status in (("GET", "/nothing", 404), ("POST", "/v1/models", 405), ("GET", "/v1/chat/completions", 405),
                                  ("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("OPTIONS", "/v1/models", 405),
-                                 ("GET", "/%00", 404), ("GET", "/" + "a" * 5000, 404)):
+                                 ("GET", "/%00", 404), ("GET", "/" + "a" * 5000, 404),
+                                 ("GET", "/training/base/" + "🙂" * 100, 404)):          # 400 bytes, more than a file's name may have
         error_of(server.http.request(method, path, headers={"content-type": "application/json"}), status)
 
 
