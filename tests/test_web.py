@@ -649,13 +649,13 @@ def test_bodies_on_a_real_connection(server):
     if before:
         assert memory() - before < 30
     slow.close()
-    for nonsense in (b"\0\0\0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET /health HTTP/9.9\r\nHost: localhost\r\n\r\n", b"\r\n" * 9,
-                     b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 10**5 + b"\r\n\r\n"):
+    for nonsense in (b"\0\0\0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET /health\r\n\r\n", b"\r\n" * 9 + b"?",
+                     b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 10**6 + b"\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(ConnectionError):             # an end without an answer will do as well
+                connection.settimeout(10)
                 connection.sendall(nonsense)
-                connection.shutdown(socket.SHUT_WR)
-                assert b"200 OK" not in connection.recv(1000)
+                assert connection.recv(1000)[:13] in (b"HTTP/1.1 400 ", b""), nonsense[:50]
     assert server.health()["status"] == "ok"
 
 
