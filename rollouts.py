@@ -52,21 +52,23 @@ class Rollouts:
     max_new_tokens: int
     temperature: float
     top_k: int
+    slots: int = SLOTS
 
-    def __call__(self, problems, seeds, slots=SLOTS):
+    def __call__(self, problems, seeds):
         """
         Answers to problems, graded, a list of lists: as many to a problem as seeds, a list of lists, has for it.
 
         Each has random numbers of its own: it does not depend, but for rounding, on what is drawn beside it.
         """
         try:
-            groups = self.write(problems, seeds, slots)
+            groups = self.write(problems, seeds, self.slots)
         except torch.OutOfMemoryError:
-            if slots == 1:
+            if self.slots == 1:
                 raise
             groups = []
-        if not groups:                                           # the same answers, fewer at a time
-            return self(problems, seeds, slots // 2)
+        if not groups:                                           # the same answers, fewer at a time, from now on
+            self.slots //= 2
+            return self(problems, seeds)
         for problem, group in zip(problems, groups):
             for answer in group:
                 answer.reward = float(self.reward(problem, text_of(self.tokenizer, answer.ids)))

@@ -203,8 +203,8 @@ class Writer(threading.Thread):
         if stop.asked:
             raise Wrong(503, "the server is about to end", headers={"Retry-After": "30"})
         if self.open + job.n > self.slots * (1 + WAITING):
-            raise Wrong(503, f"{self.open} replies are being written or wait for it, and no more are taken; ask again in some "
-                             "seconds", headers={"Retry-After": "5"})
+            raise Wrong(503, f"{self.open} replies are being written or wait for it: no more are taken for some seconds",
+                        headers={"Retry-After": "5"})
         job.open = job.n
         self.open += job.n
         self.inbox.put(job)

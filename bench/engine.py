@@ -1,9 +1,10 @@
 """
 Speed of generation: our engine beside a cache that grows by concatenation, and beside no cache at all.
 
-All three draw the likeliest token of the same random model after the same random prompts, in turns; each token is timed,
-and the middle time counts, so that what else a machine does in between disturbs little. The last line of a model is what one cache with rows that join and leave is for: requests of different lengths, all at once
-and one after the other.
+All three draw the likeliest token of the same random model after the same random prompts, in turns; each token is
+timed, and the middle time counts, so that what else a machine does in between disturbs little. The last line of a model
+is what one cache with rows that join and leave is for: requests of different lengths, all at once and one after the
+other.
 
 run     python -m bench.engine
         python -m bench.engine --depths=8 --batches=8 --contexts=1024

@@ -53,7 +53,7 @@ def rows_after(folder, cursor):
             rows += parsed(line)
         cursor = cursor_at(f, offset)
     running, total = is_at_work(folder), total_steps(folder)
-    steps = [(row["step"], row["ms"]) for row in last_rows(path) if row.get("ms")]
+    steps = [(row["step"], row["ms"]) for row in last_rows(path) if isinstance(row.get("ms"), (int, float))]
     left = None
     if running and total and steps:
         left = (total - steps[-1][0] - 1) * statistics.median(ms for _, ms in steps[-50:]) / 1000
@@ -86,4 +86,5 @@ def total_steps(folder):
     """How many steps the run has: its log begins with that; None if it is not known."""
     with open(os.path.join(folder, "log.jsonl"), "rb") as f:
         first = parsed(f.readline())
-    return (first and first[0].get("num_iterations")) or read_meta(folder).get("num_iterations")
+    said = first[0].get("num_iterations") if first else None
+    return said if isinstance(said, int) else read_meta(folder).get("num_iterations")

@@ -458,8 +458,10 @@ def test_two_windows_with_the_same_chat(window):
     other.keyboard.press("Enter")
     other.wait_for_selector(".turn >> nth=1")
     expect(other.locator("[aria-busy=true]")).to_have_count(0)
-    page.reload()                                                       # it has the chat as it was before
-    assert page.locator(".question > p").all_inner_texts() == ["first", "second"]
+    expect(page.locator(".question > p")).to_have_text(["first", "second"])     # it hears of it
+    me.ask("third")
+    page.reload()
+    assert page.locator(".question > p").all_inner_texts() == ["first", "second", "third"]
 
 
 @contextlib.contextmanager

@@ -222,16 +222,16 @@ def test_answers_do_not_depend_on_what_is_drawn_beside_them(monkeypatch):
     model, tokens = small(), []
     problems, seeds = [problem(i) for i in (1, 22, 333)], [[seed_of(n, i) for i in range(5)] for n in range(3)]
     draw = Rollouts(model, TOKENIZER, is_right, 20, 1.0, 50)
-    for slots in (256, 4, 1):
-        tokens.append([[(answer.prompt, answer.ids, answer.drawn) for answer in group] for group in draw(problems, seeds, slots)])
+    for draw.slots in (256, 4, 1):
+        tokens.append([[(answer.prompt, answer.ids, answer.drawn) for answer in group] for group in draw(problems, seeds)])
     assert tokens[0] == tokens[1] == tokens[2]
     assert tokens[0][1:2] == [[(a.prompt, a.ids, a.drawn) for a in group] for group in draw(problems[1:2], seeds[1:2])]
     assert len({tuple(ids) for group in tokens[0] for _, ids, _ in group}) == 15
-    memory = [torch.OutOfMemoryError("no memory")] * 2
+    draw.slots, memory = 4, [torch.OutOfMemoryError("no memory")] * 2
     write = Rollouts.write
     monkeypatch.setattr(Rollouts, "write", lambda *args: (_ for _ in ()).throw(memory.pop()) if memory else write(*args))
     again = draw(problems, seeds)
-    assert not memory and tokens[0] == [[(a.prompt, a.ids, a.drawn) for a in group] for group in again]
+    assert not memory and draw.slots == 1 and tokens[0] == [[(a.prompt, a.ids, a.drawn) for a in group] for group in again]
 
 
 def test_the_calculators_tokens_are_marked_and_the_end_is_drawn():

@@ -409,7 +409,7 @@ def test_full_is_503_with_a_time_to_come_back(server):
         threads[-1].start()
         assert until(lambda: server.health()["waiting"] > i)
     full = server.chat()
-    error_of(full, 503, "ask again in some seconds")
+    error_of(full, 503, "no more are taken for some seconds")
     assert full.headers["retry-after"] == "5"
     for connection in waiting:
         connection.close()
@@ -687,6 +687,14 @@ def test_a_run_is_watched_while_it_grows(server, base_dir):
     assert third["seconds_left"] is None
     for nonsense in ("x", "-1", "9" * 100, "\0", "12", "5-00000000"):
         assert server.http.get("/training/base/run", params=dict(after=nonsense)).json()["restarted"]
+
+
+def test_rows_that_are_damaged_are_no_more_than_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "num_iterations": "x"}\n{"step": 1, "ms": "x"}\n{"step": 2, "ms": 1.5}\n')
+    lock = stop.only_one(f"{tmp_path}.lock")
+    got = live.rows_after(str(tmp_path), "")
+    lock.close()
+    assert len(got["rows"]) == 3 and got["running"] and got["num_iterations"] is None and got["seconds_left"] is None
 
 
 def test_a_long_log_comes_in_pieces(tmp_path):
