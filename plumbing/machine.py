@@ -3,6 +3,7 @@ The machine a stage runs on: device, number format, threads, ranks. Decided once
 
 No other file asks for a device by name, so a stage reads the same on a GPU and on a laptop.
 """
+import atexit
 import contextlib
 import itertools
 import os
@@ -266,6 +267,8 @@ def in_one_line(kind, error, trace):
     elif WORLD_SIZE > 1 and (issubclass(kind, dist.DistError) or re.search("gloo|NCCL|peer|[Cc]onnection|[Tt]imed out", str(error))):
         print(f"rank {RANK}: another rank has ended, or did nothing for {PATIENCE}; the same command goes on from the "
               f"last checkpoint ({str(error).splitlines()[0]:.100})", file=sys.stderr)
+        sys.stdout.flush()
+        atexit.register(os._exit, 1)               # once a checkpoint is written; torch would abort where it waits for the others
     elif not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
 
