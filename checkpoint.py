@@ -40,8 +40,9 @@ NEEDED = {"step", "num_iterations", "config", "model_config", "tokenizer", "worl
 
 # knobs that may differ when a run is continued: they change how it runs or what it prints
 FREE_KNOBS = {"run", "resume", "model_tag", "source_tag", "device", "dtype", "device_batch_size", "compile_model",
-              "gradient_checkpointing", "save_every", "eval_every", "eval_tokens", "eval_examples", "eval_samples", "sample_every", "eval_metrics_every",
-              "eval_metrics_max_problems", "core_metric_every", "core_metric_max_per_task", "final_eval_tokens"}
+              "gradient_checkpointing", "save_every", "eval_every", "eval_tokens", "eval_examples", "eval_samples",
+              "sample_every", "eval_metrics_every", "eval_metrics_max_problems", "core_metric_every",
+              "core_metric_max_per_task", "final_eval_tokens"}
 
 
 writing = None                     # the thread of the last checkpoint that was written while the training went on
@@ -56,6 +57,7 @@ def save_checkpoint(folder, step, model, optimizers, meta, wait=True):
     raises SystemExit, before anything is written, where the weights or the validation result are no numbers
     """
     global writing
+    finish_writing()
     bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     bad += [key for key in ("val_bpb", "val_loss") if not math.isfinite(meta.get(key) or 0.0)]
     if bad:
@@ -63,11 +65,6 @@ def save_checkpoint(folder, step, model, optimizers, meta, wait=True):
         before = f"step {steps[-1]} stays the newest; go on from it with another dtype, or" if steps else "none was saved before;"
         raise SystemExit(f"{folder}: step {step} is not saved, {bad[0]} is not finite: the training has diverged; {before} "
                          "train anew with lower rates")
-    if writing and RANK != 0:
-        writing.join()
-    barrier()                                                    # all shares of the one before are on the disk
-    if writing and RANK == 0:
-        writing.join()
     os.makedirs(folder, exist_ok=True)
     if RANK == 0:
         remove_leftovers(folder)
@@ -85,6 +82,16 @@ def save_checkpoint(folder, step, model, optimizers, meta, wait=True):
         writing.start()                                          # no daemon: the program does not end before it
     if wait:
         barrier()
+
+
+def finish_writing():
+    """Return when the checkpoint that is written beside the training is whole; every rank calls it."""
+    if writing and RANK != 0:
+        writing.join()
+    barrier()                                                    # all shares are on the disk
+    if writing and RANK == 0:
+        writing.join()
+    barrier()                                                    # and the meta
 
 
 def write_beside(*args):
@@ -427,6 +434,7 @@ def require_finite(folder, step, rows, loss, norm):
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
+    finish_writing()                                             # the newest may be the one to go on from
     saved = steps_in(folder)
     remedy = (f"the checkpoint of step {saved[-1]} is from before: go on from it with --resume=1 and another --dtype, "
               "or train anew beside it with --model_tag=NEW and lower learning rates" if saved else

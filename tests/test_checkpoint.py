@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -210,3 +211,18 @@ def test_what_is_not_finite_is_not_saved(folder, tmp_path, what):
         with pytest.raises(SystemExit, match=f"step 30 is not saved, {what} is not finite.*{words}"):
             save_checkpoint(str(place), 30, model, optimizers, meta)
     assert before == {name: (folder / name).read_bytes() for name in os.listdir(folder)} and not (tmp_path / "new").exists()
+
+
+def test_a_divergence_while_the_newest_is_written_names_it(folder, monkeypatch):
+    whole = threading.Event()
+    write = checkpoint.write_json
+    monkeypatch.setattr(checkpoint, "write_json", lambda *args: (whole.wait(10), write(*args)))
+    meta = dict(stage="base", num_iterations=40, config={}, tokenizer="")
+    save_checkpoint(str(folder), 30, *state(30), meta, wait=False)
+    assert steps_in(str(folder)) == [10, 20]
+    threading.Timer(0.3, whole.set).start()
+    with pytest.raises(SystemExit, match="step 30 is from before"):
+        checkpoint.require_finite(str(folder), 30, 8, float("nan"), 1.0)
+    save_checkpoint(str(folder), 31, *state(31), meta, wait=False)
+    with pytest.raises(SystemExit, match="step 31 stays the newest"):
+        save_checkpoint(str(folder), 32, *state(32), dict(meta, val_bpb=float("nan")))
