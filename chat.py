@@ -2,8 +2,8 @@
 Between messages and tokens: what a chat model is given to read, and what is shown of what it writes.
 
 in    messages, {"role": "user", "content": "..."} as in the API that everybody speaks; tokens, as they come from the engine
-out   prompt_of (a chat as tokens, its oldest turns left out where it is too long; else TooLong), TextStream (tokens as text that can
-      be shown as it comes), text_of and reply_parts (a whole reply), content_of, StopStrings, printable
+out   prompt_of (a chat as tokens, its oldest turns left out where it is too long; else TooLong), TextStream (tokens as
+      text that can be shown as it comes), text_of and reply_parts (a whole reply), content_of, StopStrings, printable
 """
 import codecs
 import unicodedata

@@ -158,8 +158,8 @@ class Stream(StreamingResponse):
             self.job.gone = True
 
 
-async def pieces(job):
-    """The Pieces of a job, in lists of what has come at a time; raises Wrong."""
+async def deltas(job):
+    """The Deltas of a job, in lists of what has come at a time; raises Wrong."""
     while job.open or not job.events.empty():
         come = [await job.events.get()]
         while not job.events.empty():
@@ -188,11 +188,11 @@ def logprobs(job, entries, offset=0):
 async def whole(job, head, about):
     """All replies of a job at once."""
     texts, entries, finish, tokens = [[] for _ in range(job.n)], [[] for _ in range(job.n)], [""] * job.n, 0
-    async for come in pieces(job):
-        for piece in come:
-            texts[piece.index] += piece.texts
-            entries[piece.index] += [piece.entry] if piece.entry else []
-            tokens, finish[piece.index] = tokens + piece.tokens, piece.finish
+    async for come in deltas(job):
+        for delta in come:
+            texts[delta.index] += delta.texts
+            entries[delta.index] += [delta.entry] if delta.entry else []
+            tokens, finish[delta.index] = tokens + delta.tokens, delta.finish
     choices = []
     for i in range(job.n):
         content = content_of(texts[i])
@@ -216,22 +216,22 @@ async def stream(job, head, about, with_usage):
         lengths[i] += sum(len(entry["token"]) for entry in entries)
         return event(choices=[dict(index=i, **content, logprobs=told, finish_reason=finish)])
 
-    def chunks(piece):
-        entries = [piece.entry] if piece.entry else []
-        for kind, text in piece.texts:
+    def chunks(delta):
+        entries = [delta.entry] if delta.entry else []
+        for kind, text in delta.texts:
             if text or entries:
-                yield chunk(piece.index, dict(content=text, type=kind) if job.parts else dict(content=text), text, entries)
+                yield chunk(delta.index, dict(content=text, type=kind) if job.parts else dict(content=text), text, entries)
                 entries = []
-        if piece.finish:
-            yield chunk(piece.index, {}, finish=piece.finish)
+        if delta.finish:
+            yield chunk(delta.index, {}, finish=delta.finish)
 
     try:
         for i in range(job.n if job.chat else 0):
             yield chunk(i, dict(role="assistant", content=""))
         about.pop("dropped_turns", None)                       # said once
-        async for come in pieces(job):
-            yield "".join(chunk for piece in come for chunk in chunks(piece))
-            tokens += sum(piece.tokens for piece in come)
+        async for come in deltas(job):
+            yield "".join(chunk for delta in come for chunk in chunks(delta))
+            tokens += sum(delta.tokens for delta in come)
         if with_usage:
             yield event(choices=[], usage=usage(head, tokens))
         yield "data: [DONE]\n\n"

@@ -21,7 +21,7 @@ from plumbing.calculator import calculate
 from tokenizer import Tokenizer
 
 STRIDE_CPU = 64        # tokens of each prompt that are read at a time, at least: fewer take almost as long
-STRIDE_GPU = 1024      # on a GPU, where another pass costs more than tokens that only fill up
+STRIDE_GPU = 1024      # assumed, not measured: there another pass costs more than tokens that only fill up
 
 
 class KVCache:
@@ -282,7 +282,7 @@ class Engine:
         self.model, self.tokenizer = in_compute_dtype(model), tokenizer        # cast once, for all that is asked
         self.ends = {tokenizer.special("<|assistant_end|>"), tokenizer.bos}
 
-    def replies(self, prompts, max_tokens, temperature, top_k, seed, top_p=1.0):
+    def replies(self, prompts, max_tokens, temperature, top_k, seed):
         """
         Replies to prompts, each with a seed of its own -> (list of Reply, tokens that the longest text may have).
 
@@ -292,7 +292,7 @@ class Engine:
         if not 0 < min(lengths) <= max(lengths) < context:
             raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens; the model takes "
                              f"1 to {context - 1}, so that an answer fits into its context")
-        return [Reply(self.tokenizer, list(prompt), max_tokens, temperature, top_k, top_p, seed_of(seed, i))
+        return [Reply(self.tokenizer, list(prompt), max_tokens, temperature, top_k, seed=seed_of(seed, i))
                 for i, prompt in enumerate(prompts)], min(context, max(lengths) + max_tokens)
 
     def generate(self, prompts, max_tokens=256, temperature=1.0, top_k=0, seed=0):

@@ -3,7 +3,7 @@ The models that are talked to, in one thread, for any number of people who ask a
 
 reads   <stage>_checkpoints/<model_tag>/, tokenizer/, at every request: a model that is being trained can be talked to
 in      Jobs, from an event loop
-out     for each reply of a job, token by token, Pieces, on the job's queue in that loop
+out     for each reply of a job, token by token, Deltas, on the job's queue in that loop
 
 The thread reads the prompt, which may mean to load a model first, and writes the replies of all jobs side by side, in a
 Batch for each model. Jobs are begun in the order in which they come.
@@ -78,7 +78,7 @@ class Job:
     parts: bool                # whether a call of the calculator and its result are told from text
     top: int                   # likeliest tokens to tell of beside each token; -1 = and nothing of the token itself
     options: dict              # of Reply
-    events: asyncio.Queue = field(default_factory=asyncio.Queue)     # a Head, then Pieces; a Wrong ends it
+    events: asyncio.Queue = field(default_factory=asyncio.Queue)     # a Head, then Deltas; a Wrong ends it
     open: int = 0              # replies that have not ended; counted in the event loop
     gone: bool = False         # nobody waits for it any more: its replies end within a token
 
@@ -92,7 +92,7 @@ class Head:
 
 
 @dataclass
-class Piece:
+class Delta:
     """What a token adds to a reply."""
     index: int                 # of the reply
     texts: list = field(default_factory=list)                  # (kind, text), mostly one
@@ -102,7 +102,7 @@ class Piece:
 
 
 class Writing:
-    """A reply while it is written: tokens in, Pieces out."""
+    """A reply while it is written: tokens in, Deltas out."""
 
     def __init__(self, job, index, reply):
         self.job, self.index, self.reply, self.tokenizer = job, index, reply, reply.tokenizer
@@ -110,27 +110,27 @@ class Writing:
         self.kind = "text"     # of what was shown last
 
     def feed(self, token, drawn):
-        """The Piece that a token makes."""
+        """The Delta that a token makes."""
         ends = drawn and token in (self.tokenizer.bos, self.tokenizer.special("<|assistant_end|>"))
-        piece = Piece(self.index, tokens=int(not ends))
+        delta = Delta(self.index, tokens=int(not ends))
         if not ends:
-            self.show(self.text.feed(token), piece)
-            piece.entry = self.entry(token, drawn) if self.job.top >= 0 else None
+            self.show(self.text.feed(token), delta)
+            delta.entry = self.entry(token, drawn) if self.job.top >= 0 else None
         if self.reply.left == 0:
-            self.show(self.text.flush(), piece)
-            piece.texts.append((self.kind, self.stops.flush()))
-            piece.finish = "stop" if ends else "length"
+            self.show(self.text.flush(), delta)
+            delta.texts.append((self.kind, self.stops.flush()))
+            delta.finish = "stop" if ends else "length"
         if self.stops.found:
-            piece.finish = "stop"
-        return piece
+            delta.finish = "stop"
+        return delta
 
-    def show(self, text, piece):
-        """Add text to a piece, up to a stop string. What may be the beginning of one waits, in text of one kind."""
+    def show(self, text, delta):
+        """Add text to a delta, up to a stop string. What may be the beginning of one waits, in text of one kind."""
         kind = self.text.kind if self.job.parts else "text"
         if kind != self.kind and not self.stops.found:
-            piece.texts.append((self.kind, self.stops.flush()))
+            delta.texts.append((self.kind, self.stops.flush()))
             self.kind, self.stops = kind, StopStrings(self.job.stops)
-        piece.texts.append((kind, self.stops.feed(text)))
+        delta.texts.append((kind, self.stops.feed(text)))
 
     def entry(self, token, drawn):
         if not drawn:                                          # the calculator's, and no matter of probability
@@ -164,20 +164,20 @@ class Model:
         return Head(self.name, len(ids), dropped)
 
     def let_go(self):
-        """End the replies that nobody waits for -> list of (job, Piece)."""
+        """End the replies that nobody waits for -> list of (job, Delta)."""
         gone = [reply for reply, writing in self.writing.items() if writing.job.gone]
-        return [(writing.job, Piece(writing.index, finish="gone")) for writing in map(self.end, gone)]
+        return [(writing.job, Delta(writing.index, finish="gone")) for writing in map(self.end, gone)]
 
     def step(self):
-        """The next token of every reply -> list of (job, Piece)."""
-        pieces = []
+        """The next token of every reply -> list of (job, Delta)."""
+        deltas = []
         for reply, token, drawn in self.batch.step():
             writing = self.writing[reply]
-            piece = writing.feed(token, drawn)
-            pieces.append((writing.job, piece))
-            if piece.finish:
+            delta = writing.feed(token, drawn)
+            deltas.append((writing.job, delta))
+            if delta.finish:
                 self.end(reply)
-        return pieces
+        return deltas
 
     def end(self, reply):
         self.batch.remove(reply)
@@ -212,7 +212,7 @@ class Writer(threading.Thread):
     def deliver(self, events):
         """Put what the thread has to tell on the queues of those who wait for it."""
         for job, event in events:
-            ended = job.open if isinstance(event, Wrong) else int(isinstance(event, Piece) and event.finish != "")
+            ended = job.open if isinstance(event, Wrong) else int(isinstance(event, Delta) and event.finish != "")
             job.open, self.open = job.open - ended, self.open - ended
             job.events.put_nowait(event)
 

@@ -4,14 +4,12 @@ A training run while it goes on, and after: read from its log.jsonl as that grow
 reads   <stage>_checkpoints/<model_tag>/{log.jsonl,meta_NNNNNN.json}, and whether the trainer's lock is held
 """
 import contextlib
-import json
 import os
 import re
-import statistics
 import zlib
 
 from checkpoint import FOLDERS, read_meta
-from plumbing.common import base_path
+from plumbing.common import Ema, base_path, log_row
 from plumbing.stop import is_at_work
 
 MOST_ROWS = 5000               # in an answer; who wants more asks again
@@ -50,13 +48,14 @@ def rows_after(folder, cursor):
             if not line.endswith(b"\n") or len(rows) == MOST_ROWS:       # half a row is still being written
                 break
             offset += len(line)
-            rows += parsed(line)
+            row = log_row(line)
+            rows += [row] if row else []
         cursor = cursor_at(f, offset)
     running, total = is_at_work(folder), total_steps(folder)
-    steps = [(row["step"], row["ms"]) for row in last_rows(path) if isinstance(row.get("ms"), (int, float))]
-    left = None
-    if running and total and steps:
-        left = (total - steps[-1][0] - 1) * statistics.median(ms for _, ms in steps[-50:]) / 1000
+    step_seconds, left = Ema(0.9), None                        # as the trainer reckons its eta
+    for row in last_rows(path) if running and total else ():
+        if isinstance(row.get("ms"), (int, float)):
+            left = step_seconds.update(row["ms"] / 1000) * (total - row["step"] - 1)
     return dict(rows=rows, cursor=cursor, restarted=restarted, running=running, num_iterations=total, seconds_left=left)
 
 
@@ -70,21 +69,11 @@ def last_rows(path):
     """The last rows of a log."""
     with open(path, "rb") as f:
         f.seek(max(0, os.path.getsize(path) - TAIL))
-        return [row for line in f.read().split(b"\n") for row in parsed(line)]
-
-
-def parsed(line):
-    """[the row], or [] where a line holds none."""
-    try:
-        row = json.loads(line, parse_constant=lambda name: None)
-    except (ValueError, RecursionError):
-        return []
-    return [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
+        return [row for row in map(log_row, f.read().split(b"\n")) if row]
 
 
 def total_steps(folder):
     """How many steps the run has: its log begins with that; None if it is not known."""
     with open(os.path.join(folder, "log.jsonl"), "rb") as f:
-        first = parsed(f.readline())
-    said = first[0].get("num_iterations") if first else None
+        said = (log_row(f.readline()) or {}).get("num_iterations")
     return said if isinstance(said, int) else read_meta(folder).get("num_iterations")

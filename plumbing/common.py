@@ -214,6 +214,14 @@ class Log:
             self.wandb.log(row)
 
 
+def log_row(line):
+    """The row that a line of log.jsonl holds, a dict with a step; None where it holds none. What is no number is None in it."""
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(line, parse_constant=lambda name: None)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+
+
 def read_log(folder, remarks=None):
     """
     The rows of a stage's log.jsonl, [] where there is none; damaged ones are left out, and one line says how many.
@@ -224,13 +232,9 @@ def read_log(folder, remarks=None):
     try:
         with open(path, "rb") as f:
             for line in f:
-                row = None
-                with contextlib.suppress(ValueError, RecursionError):
-                    row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    rows.append(row)
-                else:
-                    damaged += line.endswith(b"\n")
+                row = log_row(line)
+                rows += [row] if row else []
+                damaged += not row and line.endswith(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:                                     # says nothing about what is in it
@@ -282,8 +286,8 @@ class Progress:
         self.tokens += num_tokens
         speed = num_tokens / step_seconds
         mfu = speed * self.flops_per_token / (self.peak_flops * WORLD_SIZE) if self.peak_flops else None
-        self.log.write(step, **{self.quantity: loss}, **more, **rates, grad_norm=grad_norm, ms=1000 * step_seconds, tokens_per_second=speed,
-                       mfu=mfu, seconds=self.seconds)
+        self.log.write(step, **{self.quantity: loss}, **more, **rates, grad_norm=grad_norm, ms=1000 * step_seconds,
+                       tokens_per_second=speed, mfu=mfu, seconds=self.seconds)
         smooth, left = self.loss.update(loss), self.total_steps - step - 1
         eta = self.step_seconds.update(step_seconds) * left
         self.since_line += step_seconds

@@ -40,7 +40,8 @@ RANGES = {
     "examples_per_step": (1, 10**5), "num_samples": (2, 10**4), "eval_samples": (1, 10**4), "max_new_tokens": SOME,
     "batch_size": (1, 10**4), "sft_batch_size": (0, 10**4), "num_processes": (1, 10**4), "rows": (0, 10**5),
     # length, data and mixture
-    "num_iterations": COUNT, "mid_iterations": COUNT, "sft_iterations": COUNT, "rl_iterations": COUNT, "target_param_data_ratio": (0, 10**6),
+    "num_iterations": COUNT, "mid_iterations": COUNT, "sft_iterations": COUNT, "rl_iterations": COUNT,
+    "target_param_data_ratio": (0, 10**6),
     "num_shards": (0, 1822), "identity_rows": (1, 10**7), "spelling_rows": (1, 10**7), "spelling_bee_rows": (1, 10**7),
     # optimizer; with higher rates a step can be too large for float32
     "matrix_lr": (0, 1e38), "embedding_lr": (0, 1e37), "unembedding_lr": (0, 1e37), "init_lr_frac": SHARE,
