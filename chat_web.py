@@ -270,7 +270,7 @@ def one_model(name: str):
 @app.get("/health")
 async def health():
     busy = writer.busy()
-    return dict(status="ok", slots=slots, busy=busy, waiting=writer.open - busy)
+    return dict(status="ok", slots_per_model=slots, busy=busy, waiting=writer.open - busy)
 
 
 # and of the page

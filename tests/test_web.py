@@ -92,7 +92,7 @@ class Running:
 
     def is_quiet(self):
         """Whether soon nothing is written any more."""
-        return until(lambda: self.health() == dict(status="ok", slots=2, busy=0, waiting=0))
+        return until(lambda: self.health() == dict(status="ok", slots_per_model=2, busy=0, waiting=0))
 
     def end(self, *signals):
         """(exit code, what it has said on stderr) after some signals, None = as it is."""
@@ -389,7 +389,7 @@ def test_who_goes_frees_the_slot(server):
     for asked, wait in ((dict(), 0.3), (dict(), 0.0), (dict(stream=False), 0.2), (dict(n=2), 0.1), (dict(stream=False, n=2), 0.0)):
         connections = [open_stream(server, **asked) for _ in range(3)]
         if wait:
-            assert until(lambda: server.health() == dict(status="ok", slots=2, busy=2, waiting=3 * asked.get("n", 1) - 2))
+            assert until(lambda: server.health() == dict(status="ok", slots_per_model=2, busy=2, waiting=3 * asked.get("n", 1) - 2))
             time.sleep(wait)
         for connection in connections:
             connection.close()
@@ -433,7 +433,7 @@ def test_fifty_clients_and_two_hundred_idle_connections(server):
             async def watch():
                 while len(statuses) < 50:
                     answer = await http.get("/health")
-                    assert answer.status_code == 200 and answer.json()["busy"] <= answer.json()["slots"]
+                    assert answer.status_code == 200 and answer.json()["busy"] <= 2 * answer.json()["slots_per_model"]
                     await asyncio.sleep(0.02)
 
             await asyncio.gather(watch(), *(ask(i) for i in range(50)))
