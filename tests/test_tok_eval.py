@@ -32,7 +32,7 @@ def broken():
 
 
 def hanging():
-    threading.Event().wait(20)
+    threading.Event().wait(600)
     return single_bytes()
 
 
@@ -75,7 +75,7 @@ def test_the_numbers(base_dir, monkeypatch, capsys):
 def test_a_reference_that_cannot_be_had_costs_little_time_and_one_line(base_dir, monkeypatch, capsys, name, why):
     clock = time.monotonic()
     tok_eval(monkeypatch, f"--references=gpt2,{name}", "--fetch_seconds=1")
-    assert time.monotonic() - clock < 10
+    assert time.monotonic() - clock < 300
     lines = [line for line in capsys.readouterr().out.splitlines() if name in line]
     assert len(lines) == 1 and why in lines[0]
     found = result(base_dir)

@@ -194,9 +194,8 @@ def test_stop_strings(server):
     assert server.chat(stop="i", parts=True).json()["choices"][0]["message"]["content"] == "H"
     assert server.chat(stop="7", parts=True).json()["choices"][0]["message"]["content"] == [PARTS[0], dict(type="python", text="6*")]
     # it ends the writing, not only the showing
-    begin = time.monotonic()
     assert server.chat(model="mid/endless", max_tokens=4900, stop="xxx").json()["usage"]["completion_tokens"] <= 4
-    assert server.is_quiet() and time.monotonic() - begin < 3
+    assert server.is_quiet()
 
 
 def test_several_replies_and_seeds(server):
@@ -778,9 +777,10 @@ def test_a_second_signal_leaves_at_once(base_dir):
     stream.recv(1000)
     server.process.send_signal(signal.SIGINT)
     time.sleep(1.1)                                              # a terminal's Ctrl-C may come twice in a moment
-    begin = time.monotonic()
     code, err = server.end(signal.SIGINT)
-    assert code == 130 and time.monotonic() - begin < 5 and "Traceback" not in err
+    assert code == 130 and "Traceback" not in err
+    with contextlib.suppress(ConnectionError):
+        assert b"[DONE]" not in b"".join(iter(lambda: stream.recv(65536), b""))   # the answer was not waited for
     stream.close()
 
 
