@@ -12,8 +12,11 @@ and draws with random numbers of its own.
 """
 import copy
 import hashlib
-from collections import deque
+import math
+import sys
+from collections import Counter, deque
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 
@@ -22,6 +25,8 @@ from tokenizer import Tokenizer
 
 STRIDE_CPU = 64        # tokens of each prompt that are read at a time, at least: fewer take almost as long
 STRIDE_GPU = 1024      # assumed, not measured: there another pass costs more than tokens that only fill up
+READ_ALIKE = 256       # a graph reads a multiple of so many positions; assumed as well
+REPEATS = 16           # passes of a shape before it is worth a graph; assumed as well
 
 
 class KVCache:
@@ -53,18 +58,26 @@ class KVCache:
         end = high + T
         assert end <= self.kv.size(4), f"the cache holds {self.kv.size(4)} tokens, not {end}"
         assert low == high or T == 1, "rows of different lengths take one token at a time"
+        if low != high:
+            return self.begin_at(torch.tensor(lengths, device=device)[:, None], end)
+        self.layers = self.views(end)
+        self.places, self.mask = (slice(None), slice(None), slice(low, end)), causal_mask(T, end, device)
+        return slice(low, end)
+
+    def begin_at(self, at, end):
+        """Say that a token of each row follows at its position in `at` (B, 1), and that `end` tokens are looked at."""
         # what the layers have in common is made once: views of their memory, where to write, whom nobody may see
-        self.layers = list(zip(*self.kv[:, :, :self.used, :, :end].unbind(1)))     # (keys, values): (B, H_kv, end, D) both
-        if low == high:
-            self.places, self.mask = (slice(None), slice(None), slice(low, end)), causal_mask(T, end, device)
-            return slice(low, end)
-        at = torch.tensor(lengths, device=device)[:, None]                         # (B, 1)
+        self.layers = self.views(end)
         self.places = self.row[:self.used, None, None], self.head[:, None], at[:, :, None]
         unseen = self.position[:end] > at
         # -inf is added to a score; of True and False every layer would make that anew
         mask = torch.zeros_like(unseen, dtype=self.kv.dtype).masked_fill_(unseen, -torch.inf)
         self.mask = mask[:, None, None]                                            # (B, 1, 1, end)
         return at
+
+    def views(self, end):
+        """(keys, values) of each layer, (B, H_kv, end, D) both."""
+        return list(zip(*self.kv[:, :, :self.used, :, :end].unbind(1)))
 
     def append(self, layer, k, v):
         """Add k, v (B, H_kv, T, D) of the new tokens -> the layer's keys and values (B, H_kv, end, D), and the mask."""
@@ -85,6 +98,72 @@ class KVCache:
 def causal_mask(T, T_all, device):
     """Which of T_all tokens the last T of them see, (T, T_all); None where attention knows: all of them are new, or one."""
     return None if T in (1, T_all) else torch.ones(T, T_all, dtype=torch.bool, device=device).tril(T_all - T)
+
+
+class GraphedStep:
+    """
+    A pass over one new token of each row as a CUDA graph: one call starts all its kernels, hundreds, of which most
+    take less time than it takes to start them.
+
+    A graph repeats the same kernels on the same memory. So what changes from pass to pass is in a tensor, and how many
+    rows and positions take part is rounded up: there is a graph for each such shape, from the REPEATS-th pass on.
+    source: CUDA C++ Programming Guide, "CUDA Graphs"
+    """
+
+    def __init__(self, model, cache):
+        self.model, self.cache = model, cache
+        # the new token of each row, and its position
+        self.now = torch.zeros(2, cache.kv.size(2), dtype=torch.int64, device=model.device)
+        self.passes, self.graphs = Counter(), {}               # both by (rows, positions)
+        self.possible = True   # until it turns out that it is not
+
+    def __call__(self, tokens):
+        """The new tokens of the cache's first rows, a list -> logits (B, V) of what follows, until the next call."""
+        cache, B, shape = self.cache, len(tokens), self.kv_shape(len(tokens))
+        now = torch.zeros(self.now.shape, dtype=torch.int64)   # a row that takes no part writes where the next one begins
+        now[:, :B] = torch.tensor([tokens, cache.lengths[:B]])
+        self.now.copy_(now)
+        if self.possible and self.passes[shape] == REPEATS:
+            self.capture(shape)
+        if shape in self.graphs:
+            replay, logits = self.graphs[shape]
+            replay()
+        else:
+            logits = self.run(shape)
+        self.passes[shape] += 1
+        cache.used = B
+        cache.advance(1)
+        return logits[:B]
+
+    def kv_shape(self, B):
+        """How much of the cache a pass over B rows takes: (rows, positions), so that few graphs will do."""
+        _, _, slots, _, max_len, _ = self.cache.kv.shape
+        end = math.ceil((max(self.cache.lengths[:B]) + 1) / READ_ALIKE) * READ_ALIKE
+        return min(slots, 1 << (B - 1).bit_length()), min(max_len, end)
+
+    def run(self, shape):
+        """The pass itself, with nothing in it that is not the same the next time."""
+        rows, end = shape
+        self.cache.used = rows
+        cache = SimpleNamespace(begin=lambda T: self.cache.begin_at(self.now[1, :rows, None], end),
+                                append=self.cache.append, advance=lambda T: None)
+        return self.model(self.now[0, :rows, None], kv_cache=cache)[:, -1]
+
+    def capture(self, shape):
+        """Make the graph of a shape, where that is possible."""
+        try:
+            self.graphs[shape] = captured(lambda: self.run(shape))
+        except RuntimeError as error:
+            self.possible = False
+            print(f"(no CUDA graph: {str(error).splitlines()[0]}; generation goes on without, slower)", file=sys.stderr)
+
+
+def captured(function):
+    """(a function that repeats what `function` does on a GPU, what it returns: the same tensors each time)"""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # of a server, other threads go on meanwhile
+        result = function()
+    return graph.replay, result
 
 
 def in_compute_dtype(model):
@@ -202,6 +281,7 @@ class Batch:
         self.model, self.slots, self.piece = in_compute_dtype(model), slots, piece or max_len
         self.stride = STRIDE_CPU if model.device.type == "cpu" else STRIDE_GPU
         self.cache = KVCache(model, slots, max_len)
+        self.graphed_step = GraphedStep(self.model, self.cache) if model.device.type == "cuda" else None
         self.waiting = deque()
         self.reading = []      # replies whose prompts are being read, into a cache of their own
         self.rows = []         # replies that are being written, in the order of the cache's rows
@@ -235,10 +315,15 @@ class Batch:
                     self.rows[row] = last
                     self.cache.copy(row, self.cache, len(self.rows), self.cache.lengths[len(self.rows)])
         if self.rows:
-            idx = torch.tensor([[following[reply]] for reply in self.rows], device=self.model.device)
-            self.cache.used = len(self.rows)
-            self.logits = self.model(idx, kv_cache=self.cache)[:, -1]
+            self.logits = self.follow([following[reply] for reply in self.rows])
         return settled
+
+    def follow(self, tokens):
+        """The new token of each row, a list -> logits (B, V) of what follows."""
+        if self.graphed_step:
+            return self.graphed_step(tokens)
+        self.cache.used = len(tokens)
+        return self.model(torch.tensor(tokens, device=self.model.device)[:, None], kv_cache=self.cache)[:, -1]
 
     def read(self):
         """Read `piece` tokens of the prompts of those who come in; who is through has a row and logits from then on."""

@@ -10,13 +10,14 @@ run     python -m bench.engine
         python -m bench.engine --depths=8 --batches=8 --contexts=1024
 """
 from plumbing import packages  # noqa: F401, I001: first, so that it can say what is missing
+import functools
 import statistics
 import time
 from types import SimpleNamespace
 
 import torch
 
-from engine import Batch, Reply, causal_mask
+from engine import REPEATS, Batch, Reply, causal_mask
 from model import GPT, GPTConfig
 from plumbing.budget import model_shape
 from plumbing.configurator import configure
@@ -26,7 +27,7 @@ depths = "2,8"                 # sizes of model
 batches = "1,8"                # rows at a time
 contexts = "64,1024"           # tokens that a row holds at the end
 vocab_size = 4096
-new_tokens = 16                # tokens of a row that are timed
+new_tokens = 16                # tokens of a row that are timed; on a GPU at least 48, of which the first are without a graph
 no_cache = True                # 0 = leave out the way without a cache, which is slow
 turns = 3                      # each way is timed so often, in turns
 device = ""                    # cuda, mps or cpu; "" = the best there is
@@ -56,8 +57,9 @@ class GrowingCache:
         self.length += T
 
 
-def ours(model, prompts, count):
+def ours(model, prompts, count, graphed=True):
     batch = Batch(model, len(prompts), len(prompts[0]) + count + 2)     # one more than is asked for: it is looked up as well
+    batch.graphed_step = batch.graphed_step if graphed else None
     for prompt in prompts:
         batch.add(Reply(TOKENIZER, prompt, count + 2, temperature=0.0))
     while True:
@@ -104,11 +106,15 @@ def written(model, requests, slots):
     return time.perf_counter() - clock
 
 
+machine = start(device, dtype)
+if machine.device.type == "cuda":
+    new_tokens = max(new_tokens, 3 * REPEATS)
 if min(map(int, contexts.split(","))) < new_tokens + 3:
     raise SystemExit(f"contexts={contexts}: each must hold a prompt and the {new_tokens + 2} new tokens")
-machine = start(device, dtype)
 print(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads, vocabulary {vocab_size:,}; tokens per second")
 ways = dict(ours=ours, growing=growing, **({"no cache": uncached} if no_cache else {}))
+if machine.device.type == "cuda":
+    ways["no graph"] = functools.partial(ours, graphed=False)
 print(f"{'model':8}{'batch':>6}{'context':>9}" + "".join(f"{name:>12}" for name in ways) + "".join(
     f"   ours / {name}" for name in list(ways)[1:]))
 for depth in map(int, depths.split(",")):

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import engine as engine_module
 from chat import TextStream, printable, text_of
-from engine import STRIDE_CPU, Batch, Engine, KVCache, Reply, draw, in_compute_dtype
+from engine import STRIDE_CPU, Batch, Engine, GraphedStep, KVCache, Reply, draw, in_compute_dtype
 from model import GPT, GPTConfig, compiled
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -99,13 +100,22 @@ def test_cached_tokens_equal_the_full_forward():
         assert run(Engine(model, TOKENIZER), prompt, **options)[0] == tokens * 3
 
 
-@pytest.mark.parametrize("slots, num_replies", [(1, 2), (8, 14)])
-def test_200_cached_tokens_equal_the_full_forward(slots, num_replies):
+def played(function):
+    """engine.captured without a GPU: what is captured is done anew, into the same memory."""
+    result = function()
+    return lambda: result.copy_(function()), result
+
+
+@pytest.mark.parametrize("slots, num_replies, graphed", [(1, 2, False), (8, 14, False), (1, 2, True), (7, 14, True)])
+def test_200_cached_tokens_equal_the_full_forward(monkeypatch, slots, num_replies, graphed):
     """Prompts of all lengths that come at any moment; now and then a reply is taken out."""
+    monkeypatch.setattr(engine_module, "READ_ALIKE", 64)
+    monkeypatch.setattr(engine_module, "captured", played)
     random.seed(slots)
     model = tiny_model(context=320)
     endless = SimpleNamespace(special=lambda name: -1)         # no token ends a reply
     batch, written = Batch(model, slots, 320, piece=50), {}
+    batch.graphed_step = GraphedStep(batch.model, batch.cache) if graphed else None
     while len(written) < num_replies or any(reply.left for reply in written):
         if len(written) < num_replies and random.random() < 0.1:
             prompt = [random.randrange(256) for _ in range(random.choice((1, 2, 30, 64, 65, 110, 120)))]
@@ -121,6 +131,28 @@ def test_200_cached_tokens_equal_the_full_forward(slots, num_replies):
             logits = model(torch.tensor([reply.prompt + tokens]))[0, len(reply.prompt) - 1:-1]
         chosen = logits.gather(1, torch.tensor(tokens, dtype=torch.int64)[:, None])[:, 0]
         assert (chosen >= logits.amax(dim=1) - 1e-4).all()     # or as likely, up to rounding
+    if graphed:
+        shapes = set(batch.graphed_step.graphs)
+        assert len(shapes) > 3 and shapes <= {(rows, end) for rows in (1, 2, 4, 7) for end in (64, 128, 192, 256, 320)}
+
+
+def test_where_no_graph_can_be_captured_generation_goes_on(monkeypatch, capsys):
+    def refused(function):
+        raise RuntimeError("CUDA error: operation not permitted\nmore of it")
+
+    monkeypatch.setattr(engine_module, "captured", refused)
+    model, tokens = tiny_model(), {}
+    for graphed in (False, True):
+        batch = Batch(model, 2, CONTEXT)
+        batch.graphed_step = GraphedStep(batch.model, batch.cache) if graphed else None
+        replies = [Reply(TOKENIZER, [i, 7], 40, seed=i) for i in range(4)]
+        for reply in replies:
+            batch.add(reply)
+        tokens[graphed] = []
+        while any(reply.left for reply in replies):
+            tokens[graphed] += [token for _, token, _ in batch.step()]
+    assert tokens[True] == tokens[False] and len(tokens[True]) > 100
+    assert capsys.readouterr().err == "(no CUDA graph: CUDA error: operation not permitted; generation goes on without, slower)\n"
 
 
 def test_cache_refuses_more_than_it_holds():
