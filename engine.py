@@ -70,9 +70,10 @@ class KVCache:
         self.layers = self.views(end)
         self.places = self.row[:self.used, None, None], self.head[:, None], at[:, :, None]
         unseen = self.position[:end] > at
-        # -inf is added to a score; of True and False every layer would make that anew
-        mask = torch.zeros_like(unseen, dtype=self.kv.dtype).masked_fill_(unseen, -torch.inf)
-        self.mask = mask[:, None, None]                                            # (B, 1, 1, end)
+        # -inf is added to a score; of True and False every layer would make that anew, as some kernels would of rows whose
+        # beginnings are no multiple of 8 apart
+        mask = torch.zeros(len(at), 1, 1, math.ceil(end / 8) * 8, dtype=self.kv.dtype, device=at.device)[..., :end]
+        self.mask = mask.masked_fill_(unseen[:, None, None], -torch.inf)           # (B, 1, 1, end)
         return at
 
     def views(self, end):
@@ -254,17 +255,20 @@ def draw(logits, replies):
         return best.tolist()
     temperature, top_p = (torch.tensor([[getattr(reply, name)] for reply in replies], device=logits.device)
                           for name in ("temperature", "top_p"))
-    top_k = torch.tensor([[reply.top_k if 0 < reply.top_k < V else V] for reply in replies], device=logits.device)
+    most = [reply.top_k if 0 < reply.top_k < V else V for reply in replies]
+    cut = [k for k, reply in zip(most, replies) if k < V or reply.top_p < 1]
     logits = logits / temperature.clamp(min=1e-6)              # below a millionth the division could overflow
-    whole = (top_k == V) & (top_p == 1)
-    if not whole.all():
-        ranks = int(top_k[~whole].max())
+    if cut:
+        ranks, top_k = max(cut), torch.tensor(most, device=logits.device)[:, None]
         values, ids = logits.topk(ranks, dim=-1)               # exactly k, whatever is tied
         values = values.masked_fill(torch.arange(ranks, device=logits.device) >= top_k, -torch.inf)
         probs = torch.softmax(values, dim=-1)
         values = values.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, -torch.inf)
+        whole = (top_k == V) & (top_p == 1)
         logits = torch.where(whole, logits, torch.full_like(logits, -torch.inf).scatter(1, ids, values))
-    noise = torch.stack([torch.empty(V, device=logits.device).exponential_(generator=reply.generator) for reply in replies])
+    noise = torch.empty_like(logits)
+    for row, reply in zip(noise, replies):
+        row.exponential_(generator=reply.generator)
     drawn = (logits - noise.clamp(min=1e-38).log()).argmax(dim=-1)
     return torch.where(temperature[:, 0] == 0, best, drawn).tolist()
 

@@ -240,8 +240,9 @@ def resume(item, ends):
     through = run("through")
     shutil.rmtree(base_path(folder, "killed"), ignore_errors=True)
     reached = lambda: max([row["step"] for row in read_log(base_path(folder, "killed"))], default=0)     # noqa: E731
-    call([*argv, "--model_tag=killed"], ends, kill_when=lambda: reached() > save)
-    figures = dict(steps=steps, resumed_from=save, killed_after_step=reached())
+    saved = lambda: sorted(glob.glob(base_path(folder, "killed", "meta_*.json")))     # noqa: E731
+    call([*argv, "--model_tag=killed"], ends, kill_when=lambda: saved() and reached() > save)
+    figures = dict(steps=steps, resumed_from=int(saved()[-1][-11:-5]), killed_after_step=reached())
     figures.update(differences(through, run("killed", "--resume=1")))
     if not figures["same_weights"]:
         figures.update({f"{key}_of_two_through": value for key, value in differences(through, run("again")).items()})

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import torch
 
-from engine import KVCache
+from engine import KVCache, in_compute_dtype
 from model import GPT, GPTConfig, compiled
 from muon import build_optimizers, set_schedule
 from plumbing.budget import flops_per_token
@@ -98,7 +98,7 @@ def measure(shape, batch, sft_batch, data, gradient_checkpointing):
     speed["sft"] = step_speed(sft_rows, sft_B, row, data["sft_scored"])
     answers = lambda: batches(machine, sft_B, sft_B, row, V, data["sft_scored"])     # noqa: E731
     speed["score_sft"] = sft_B * row * flops / 3 / timed(machine, score, model, answers)
-    speed["answer"] = timed(machine, answer, model, min(32, T)) / min(32, T) / config.n_layer
+    speed["answer"] = timed(machine, answer, in_compute_dtype(model), min(32, T)) / min(32, T) / config.n_layer
     clock = time.perf_counter()
     subprocess.run([sys.executable, "chat_sft.py", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     speed["start"] = time.perf_counter() - clock

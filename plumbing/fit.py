@@ -5,6 +5,7 @@ A formula (budget.row_bytes) knows what is kept for the way back, but not what t
 allocator and other programs take: its figure is where trying begins. What was found is kept in
 fit.json for this GPU, model and torch, so that the next start tries it once and goes on.
 """
+import gc
 import time
 
 import torch
@@ -154,6 +155,7 @@ def attempt(machine, model, optimizers, B):
                 group["lr"] = rate
         if machine.device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0)
+            gc.collect()                                         # an error may hold what was tried
             torch.cuda.empty_cache()                             # the next size needs other blocks
     failures, seconds = sum_over_ranks([failed, seconds], machine.device)
     return 0.0 if failures else B * T * WORLD_SIZE / (seconds / WORLD_SIZE)
