@@ -71,7 +71,7 @@ def answer(earlier, text, warmth, answer_seed):
             prompt_ids, left_out = ([tokenizer.bos, *tokenizer.encode(text)], 0) if stage == "base" else \
                 prompt_of(tokenizer, [*earlier, question], context, max_tokens)
             if left_out:
-                note(f"the context of {context} tokens is full: the oldest {left_out} of our turns left out")
+                note(f"the context of {context} tokens is full: left out of our turns, from the oldest on: {left_out}")
             for (token,), _ in engine.generate([prompt_ids], max_tokens, warmth, top_k, answer_seed):
                 if stage == "base" and not reply:      # shown before its continuation, so that both are one text
                     print(printable(text), end="")
@@ -120,7 +120,7 @@ if prompt:
         answer([], prompt.strip(), temperature, next(seeds))
     except ValueError as error:
         raise SystemExit(f"prompt: {error}") from None
-    raise SystemExit(0)
+    raise SystemExit(int(stop.lost))
 if terminal:
     with contextlib.suppress(ImportError, OSError):    # arrow keys and what was typed before, where there are any
         import readline
@@ -195,3 +195,5 @@ while True:
         if isinstance(error, stop.Stopped):
             raise
         note(error)
+        if not (terminal or command):                  # each question of a file has a line, this one an empty one
+            print(flush=True)

@@ -63,6 +63,8 @@ run = ""                       # name of the run in wandb; "" = log.jsonl alone
 device = ""                    # cuda, mps or cpu; "" = the best there is
 dtype = ""                     # float32 or bfloat16; "" = as in the stage before
 config = configure(globals())
+if source not in ("sft", "mid"):
+    raise SystemExit(f"source={source}: must be sft or mid; a base model answers no questions")
 
 SPELLING_BEE_ROWS = 8000       # problems of an epoch, about as many as GSM8K has
 
@@ -124,18 +126,21 @@ for step in range(start_step, total_steps + 1):
     last = step == total_steps
 
     # once in a while: save, then the held-out problems, which take minutes
-    if step > start_step and (stopping or due(step, save_every, last)):
+    tested = eval_every and step == 0 or due(step, eval_every, last)
+    if step > start_step and (stopping or tested or due(step, save_every, last)):
         save_checkpoint(checkpoint_dir, step, model, optimizers, dict(
             stage="rl", num_iterations=total_steps, progress=progress.state(), config=config, source=parent,
             tokenizer=tokenizer.fingerprint, rows=examples_per_step, conversations=len(train_data), device_batch_size=B,
             machine=machine.describe(), peak_memory=machine.peak_memory()), wait=last or stopping)
     if stopping:
         leave(step, resume)
-    if (eval_every and step == 0 or due(step, eval_every, last)) and not stop.is_near():
+    if tested and not stop.is_near():
         with stop.cut_short():                                  # a signal need not wait for its end
             passed = evaluate_pass_at_k(rollouts, test_data, eval_examples, eval_samples)
             print0(f"step {step:5d}/{total_steps} | " + ", ".join(f"pass@{k} {part:.4f}" for k, part in passed.items()))
             log.write(step, **{f"pass@{k}": part for k, part in passed.items()})
+    if tested and stop.is_near() and not last:                  # the same command begins with this test again
+        leave(step, resume)
     if last:
         break
 

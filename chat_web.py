@@ -50,6 +50,8 @@ ROLES = ("system", "developer", "user", "assistant")           # developer is th
 
 if source or model_tag:
     stage_folder(source or "base", model_tag or "any")         # what can be no stage and no tag ends here
+if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:
+    raise SystemExit("api_key: must be of letters, digits and signs that a header can carry: printable ASCII, no spaces")
 if not is_loopback(host) and not api_key:
     raise SystemExit(f"host={host}: others could use the server there; choose an --api_key=, which their requests then need")
 if device:
@@ -71,13 +73,14 @@ def number(asked, name, default, low, high, kind=int):
 
 def job_of(asked, chat, prompt, top):
     """The Job that a request makes; raises Wrong."""
-    name, stops = asked.get("model") or "", asked.get("stop") or []
+    name, stops, stream_options = (default if asked.get(key) is None else asked[key] for key, default in
+                                   (("model", ""), ("stop", []), ("stream_options", {})))
     if not isinstance(name, str):
         raise Wrong(400, f"model={shown(name)}: must be a name, like sft/d12", "model")
     stops = [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(s, str) and len(s) <= MOST_CHARS for s in stops):
         raise Wrong(400, f"stop={shown(stops)}: must be one to four strings of at most {MOST_CHARS} characters", "stop")
-    if asked.get("stream") not in (None, True, False) or not isinstance(asked.get("stream_options") or {}, dict):
+    if asked.get("stream") not in (None, True, False) or not isinstance(stream_options, dict):
         raise Wrong(400, "stream: must be true or false, and stream_options an object", "stream")
     options = dict(temperature=number(asked, "temperature", 0.6, 0, 100, float), top_k=number(asked, "top_k", 50, 0, 10**9),
                    top_p=max(1e-9, number(asked, "top_p", 1.0, 0, 1, float)), likeliest=max(top, 1) if top >= 0 else 0)
@@ -264,10 +267,10 @@ def list_models():
 
 @app.get("/v1/models/{name:path}")
 def one_model(name: str):
-    return model_named(name, models(source, model_tag))
+    return model_named(name, models(source, model_tag)) if name else list_models()
 
 
-@app.get("/health")
+@app.api_route("/health", methods=["GET", "HEAD"])
 async def health():
     busy = writer.busy()
     return dict(status="ok", slots_per_model=slots, busy=busy, waiting=writer.open - busy)
@@ -316,8 +319,11 @@ def found(stage, tag, what, read):
 
 
 listener = listen(host, port)
-default = [info["id"] for info in models(source, model_tag) if info["default"]]
-print(f"{default[0] if default else 'no model yet, but its training can be watched'}: open "
+there = models(source, model_tag)
+default = [info["id"] for info in there if info["default"]]
+wanted = "/".join(filter(None, (source, model_tag))) or "model"
+print(f"{default[0] if default else f'no {wanted} yet, but its training can be watched'}"
+      f"{'' if default or not there else '; there are ' + ', '.join(info['id'] for info in there)}: open "
       f"http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends)", flush=True)
 gc.freeze()                    # the packages are no garbage: to look through them would stop everybody for a quarter of a second
 stop.finish_steps("the replies that are being written")

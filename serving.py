@@ -38,7 +38,8 @@ def models(source="", model_tag=""):
     """What the API tells of each model, as dicts. The default is the newest of the furthest stage, or of what the knobs name."""
     found = [info for stage in FOLDERS for tag in tags_of(stage) if (info := model_info(stage, tag))]
     wanted = [info for info in found if source in ("", info["stage"]) and model_tag in ("", info["tag"])]
-    default = max(wanted, key=lambda info: (list(FOLDERS).index(info["stage"]), info["created"]), default=None)
+    # a folder that was copied or renamed is in nobody's way
+    default = max(wanted, key=lambda info: (not info["copied"], list(FOLDERS).index(info["stage"]), info["created"]), default=None)
     return [info | dict(default=info is default) for info in found]
 
 
@@ -49,6 +50,7 @@ def model_info(stage, tag):
     try:
         shape = SimpleNamespace(**meta["model_config"])
         return dict(id=f"{stage}/{tag}", object="model", owned_by="nanochat", stage=stage, tag=tag, step=meta["step"],
+                    copied=meta.get("tag", tag) != tag,
                     created=int(os.path.getmtime(path_of(folder, "meta", meta["step"]))),
                     context=shape.sequence_len, parameters=num_params(shape)["total"], chats=stage != "base")
     except (KeyError, FileNotFoundError):
@@ -61,7 +63,8 @@ def model_named(name, there):
         if name == info["id"] or not name and info["default"]:
             return info
     names = ", ".join(info["id"] for info in there)
-    raise Wrong(404, f"model={shown(name)}: there is none of that name; there are: {names}" if names else
+    what = f"model={shown(name)}: there is none of that name" if name else "what this server was started for is not there yet"
+    raise Wrong(404, f"{what}; there are: {names}" if names else
                 "there is no model yet: bash run_realistic.sh trains one", "model", "model_not_found")
 
 

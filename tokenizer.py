@@ -200,7 +200,7 @@ def parts_of(message):
     if isinstance(content, str):
         return [("text", content)]
     if not isinstance(content, list):
-        raise ValueError(f"conversation: the content of a {role} message is {type(content).__name__}, "
+        raise ValueError(f"conversation: the content of the {role}'s message is {type(content).__name__}, "
                          "not text or parts")
     types = ("text", "python", "python_output") if role == "assistant" else ("text",)
     for part in content:

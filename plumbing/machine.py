@@ -282,6 +282,7 @@ def finish():
 
 def leave(step, resume):
     """The end of a run that was told to stop, after its checkpoint: one line, and the code that a shell expects."""
-    print0(f"stopped at step {step}, saved; the same command{'' if resume else ' with --resume=1'} goes on")
+    print0(f"stopped at step {step}, saved; the same command{'' if resume else ' with --resume=1'} goes on" if step else
+           "stopped before the first step; the same command begins anew")
     finish()
     raise SystemExit(128 + (stop.asked or signal.SIGTERM))       # another rank was told

@@ -24,6 +24,7 @@ asked = 0            # the signal that has told this process to stop; 0 = none
 asked_at = 0.0
 in_loop = False      # whether a signal only asks: the loop of the stage looks after each step
 finishing = "this step"  # what that is
+lost = False         # whether something that was printed met a full disk
 cutting = False      # whether an evaluation is under way that a signal cuts short
 
 
@@ -40,16 +41,27 @@ def listen():
 
 
 def watch_output(gone=lambda: None):
-    """What is printed to a closed pipe or terminal is dropped; gone is called when that is noticed."""
+    """
+    What is printed to a closed pipe or terminal is dropped; gone is called when that is noticed.
+
+    What is printed to a full disk is dropped too, as long as it is full: a run is worth more than its words.
+    """
     class Output(io.FileIO):
         def write(self, data):
+            global lost
             try:
                 return super().write(data)
             except OSError as error:
-                if error.errno not in (errno.EPIPE, errno.EIO):
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    if not lost:
+                        with contextlib.suppress(OSError):
+                            os.write(2, f"(output: {error.strerror}; what is printed is lost until there is room)\n".encode())
+                    lost = True
+                elif error.errno in (errno.EPIPE, errno.EIO):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+                    gone()
+                else:
                     raise
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-                gone()
                 return len(data)
 
     for name, fd in (("stdout", 1), ("stderr", 2)):

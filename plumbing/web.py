@@ -56,7 +56,7 @@ def new_app():
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.add_exception_handler(Wrong, lambda request, wrong: wrong.response())
     app.add_exception_handler(HTTPException, lambda request, error: Wrong(
-        error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}").response())
+        error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}", headers=error.headers).response())
     app.add_exception_handler(Exception, lambda request, error: mistake().response())
     return app
 

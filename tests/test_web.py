@@ -132,9 +132,23 @@ def test_models(server):
     sft = server.http.get("/v1/models/sft/d1").json()
     assert sft == there["data"][2] and sft.pop("created") > 1.7e9 and sft == dict(
         id="sft/d1", object="model", owned_by="nanochat", stage="sft", tag="d1", step=5, context=100, parameters=264448,
-        chats=True, default=True)
+        chats=True, default=True, copied=False)
     assert [model["chats"] for model in there["data"]] == [False, True, True]
     error_of(server.http.get("/v1/models/sft/d2"), 404, "there are: base/d1", "model_not_found")
+    assert server.http.get("/v1/models/").json() == there and server.http.head("/health").status_code == 200
+
+
+def test_a_copy_is_in_nobody_s_way(base_dir, tmp_path, monkeypatch):
+    shutil.copytree(base_dir, tmp_path / "base")
+    monkeypatch.setattr(common, "BASE_DIR", str(tmp_path / "base"))
+    sft = tmp_path / "base/chatsft_checkpoints"
+    shutil.copytree(sft / "d1", sft / "d1.old")                  # newer by its time
+    assert [info["id"] for info in serving.models() if info["default"]] == ["sft/d1"]
+    assert [info["id"] for info in serving.models(model_tag="d1.old") if info["default"]] == ["sft/d1.old"]
+    there = serving.models(source="rl")
+    assert not any(info["default"] for info in there)
+    with pytest.raises(Wrong, match="what this server was started for is not there yet; there are: base/d1, mid/endless, sft/d1"):
+        serving.model_named("", there)
 
 
 def test_an_answer(server):
@@ -339,7 +353,9 @@ def test_pages_that_are_not_there(server):
                                  ("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("OPTIONS", "/v1/models", 405),
                                  ("GET", "/%00", 404), ("GET", "/" + "a" * 5000, 404),
                                  ("GET", "/training/base/" + "🙂" * 100, 404)):          # 400 bytes, more than a file's name may have
-        error_of(server.http.request(method, path, headers={"content-type": "application/json"}), status)
+        answer = server.http.request(method, path, headers={"content-type": "application/json"})
+        error_of(answer, status)
+        assert ("allow" in answer.headers) == (status == 405)
 
 
 def random_value(rng, depth=0):
@@ -735,7 +751,7 @@ def test_the_report_and_nothing_else_is_given_out(server, base_dir):
 # how it begins and ends
 @pytest.mark.parametrize("flags, says", [
     (["--host=0.0.0.0"], "choose an --api_key="), (["--source=gpt"], "must be one of"), (["--model_tag=a/b"], "plain name"),
-    (["--port=0"], "port=0"), (["--slots=0"], "slots=0"), (["--host=nowhere.invalid", "--api_key=x"], "host=nowhere.invalid"),
+    (["--port=0"], "port=0"), (["--api_key=clé"], "printable ASCII"), (["--slots=0"], "slots=0"), (["--host=nowhere.invalid", "--api_key=x"], "host=nowhere.invalid"),
     (["--host=203.0.113.1", "--api_key=x"], "can't be listened at"), (["--device=tpu"], "device=tpu")])
 def test_what_can_not_begin_is_one_line(base_dir, monkeypatch, flags, says):
     monkeypatch.setattr(common, "BASE_DIR", str(base_dir))
