@@ -409,14 +409,17 @@ def test_what_the_server_refuses(window):
     page.wait_for_selector("text=There is no model here yet")          # asked again until there is one
     page.wait_for_selector("#send:enabled")
     refusals = [dict(status=503, headers={"Retry-After": "1"}, json={"error": {"message": "full"}}),
-                dict(status=401, json={"error": {"message": "no key"}}),
+                *[dict(status=401, json={"error": {"message": "no key"}})] * 2,
                 dict(status=400, json={"error": {"message": "that is too long; say it shorter"}})]
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(**refusals.pop(0)), times=3)
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**refusals.pop(0)), times=4)
     page.fill("#message", "hello")
     page.keyboard.press("Enter")
     page.wait_for_selector("text=Asking again in 1 s")
-    page.fill("#key-input", "a secret")
-    page.keyboard.press("Enter")
+    for key in ("nö€", "a secret"):                                     # of which a header can hold only one
+        expect(page.locator("#key span")).to_be_visible(visible=key == "a secret")
+        expect(page.locator("#key-input")).to_have_value("")
+        page.fill("#key-input", key)
+        page.keyboard.press("Enter")
     page.wait_for_selector("footer :text('say it shorter')")
     with page.expect_request("**/v1/chat/completions") as request:
         page.click("text=Try again")
