@@ -463,7 +463,15 @@ def test_two_windows_with_the_same_chat(window):
     expect(other.locator("[aria-busy=true]")).to_have_count(0)
     expect(page.locator(".question > p")).to_have_text(["first", "second"])     # it hears of it
     me.ask("third")
+    page.evaluate("document.querySelector('#log').scrollTop = 0")
+    other.click("#new-chat")
+    other.fill("#message", "of another chat")
+    other.keyboard.press("Enter")
+    expect(page.locator("#chats li")).to_have_count(2)                          # and this is all that it shows here
+    expect(page.get_by_role("button", name="Tokens")).to_have_count(1)
+    assert page.evaluate("document.querySelector('#log').scrollTop") == 0
     page.reload()
+    page.click("#chats >> text=first")
     assert page.locator(".question > p").all_inner_texts() == ["first", "second", "third"]
 
 
