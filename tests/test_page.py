@@ -252,6 +252,7 @@ def test_regenerate_edit_and_settings(window):
     me.ask("two")
     first = me.bodies[-1][1]
     page.click("#settings-button")
+    assert page.evaluate("(log => log.scrollHeight - log.scrollTop - log.clientHeight)(document.querySelector('#log'))") < 2
     for name, value in dict(temperature="0", top_k="3", max_tokens="5", seed="11", system="Be brief.").items():
         page.fill(f"#{name}", value)
     me.press("Regenerate")
