@@ -507,13 +507,16 @@ def test_training_while_the_log_grows(window, base_dir):
     with run_in_progress(base_dir, "base", "d3", first) as write:
         page = me.open("#training")
         numbers = page.locator("#numbers")
-        page.wait_for_selector("#numbers >> text=99 of 400")
+        page.wait_for_selector("#numbers >> text=100 of 400")                # the row of step 99 is that of the hundredth
         assert page.locator("#run-head span").inner_text() == "running" and "Left" in numbers.inner_text()
         assert page.locator("figure").count() == 4                      # loss, learning rate, speed, gradient norm
+        scroll = "document.querySelector('#training-view').scrollTop"
+        page.evaluate(f"{scroll} = 50")
         samples = [["The capital of France is", "<img src=x onerror=hacked=9>"]]
-        write([*map(step_row, range(100, 201)), dict(step=200, val_bpb=1.75), dict(step=200, samples=samples),
+        write([*map(step_row, range(100, 200)), dict(step=200, val_bpb=1.75), dict(step=200, samples=samples),
                dict(step=200, test="<b>counts</b>", right=3, total=4)])
         page.wait_for_selector("#numbers >> text=200 of 400", timeout=15_000)
+        assert page.evaluate(scroll) == 50                              # who reads further down stays there
         assert "1.75" in numbers.inner_text() and "<img src=x" in page.locator("#samples").inner_text()
         assert "<b>counts</b>\t3 of 4\t75 %\t200" in page.locator("#tests").inner_text()
         page.locator("figure svg").first.hover()
@@ -541,7 +544,7 @@ def test_a_stopped_run_of_20000_steps_beside_another_and_the_report(window, base
     with run_in_progress(base_dir, "mid", "d9", [step_row(i, mfu=0.5) for i in range(100)]):
         with run_in_progress(base_dir, "base", "d9", [step_row(i, mfu=0.4) for i in range(20_000)]):
             page = me.open("#training/base%2Fd9")
-            page.wait_for_selector("#numbers >> text=19,999")
+            page.wait_for_selector("#numbers >> text=20,000")
             lengths = "[...document.querySelectorAll('path')].map(path => path.getAttribute('d').length)"
             assert max(page.evaluate(lengths)) < 30_000                  # not 20,000 points
             page.select_option("#beside", "mid/d9")
@@ -551,6 +554,10 @@ def test_a_stopped_run_of_20000_steps_beside_another_and_the_report(window, base
             eventually(lambda: page.evaluate("document.querySelector('#report img').naturalWidth") == 1)
             assert page.locator("#report summary").inner_text() == "All knobs"
             assert not page.locator("#report code").is_visible()
+            page.evaluate("document.querySelector('#training-view').scrollTop = 1e6")
+            page.click("#runs >> text=mid/d9")
+            page.wait_for_selector("#run-head h2:text-is('mid/d9')")
+            assert page.evaluate("document.querySelector('#training-view').scrollTop") == 0    # it is seen to be another
 
 
 @pytest.mark.full
