@@ -252,6 +252,7 @@ def test_regenerate_edit_and_settings(window):
     me.ask("two")
     first = me.bodies[-1][1]
     page.click("#settings-button")
+    assert page.evaluate("(log => log.scrollHeight - log.scrollTop - log.clientHeight)(document.querySelector('#log'))") < 2
     for name, value in dict(temperature="0", top_k="3", max_tokens="5", seed="11", system="Be brief.").items():
         page.fill(f"#{name}", value)
     me.press("Regenerate")
@@ -409,14 +410,17 @@ def test_what_the_server_refuses(window):
     page.wait_for_selector("text=There is no model here yet")          # asked again until there is one
     page.wait_for_selector("#send:enabled")
     refusals = [dict(status=503, headers={"Retry-After": "1"}, json={"error": {"message": "full"}}),
-                dict(status=401, json={"error": {"message": "no key"}}),
+                *[dict(status=401, json={"error": {"message": "no key"}})] * 2,
                 dict(status=400, json={"error": {"message": "that is too long; say it shorter"}})]
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(**refusals.pop(0)), times=3)
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**refusals.pop(0)), times=4)
     page.fill("#message", "hello")
     page.keyboard.press("Enter")
     page.wait_for_selector("text=Asking again in 1 s")
-    page.fill("#key-input", "a secret")
-    page.keyboard.press("Enter")
+    for key in ("nö€", "a secret"):                                     # of which a header can hold only one
+        expect(page.locator("#key span")).to_be_visible(visible=key == "a secret")
+        expect(page.locator("#key-input")).to_have_value("")
+        page.fill("#key-input", key)
+        page.keyboard.press("Enter")
     page.wait_for_selector("footer :text('say it shorter')")
     with page.expect_request("**/v1/chat/completions") as request:
         page.click("text=Try again")
@@ -460,7 +464,15 @@ def test_two_windows_with_the_same_chat(window):
     expect(other.locator("[aria-busy=true]")).to_have_count(0)
     expect(page.locator(".question > p")).to_have_text(["first", "second"])     # it hears of it
     me.ask("third")
+    page.evaluate("document.querySelector('#log').scrollTop = 0")
+    other.click("#new-chat")
+    other.fill("#message", "of another chat")
+    other.keyboard.press("Enter")
+    expect(page.locator("#chats li")).to_have_count(2)                          # and this is all that it shows here
+    expect(page.get_by_role("button", name="Tokens")).to_have_count(1)
+    assert page.evaluate("document.querySelector('#log').scrollTop") == 0
     page.reload()
+    page.click("#chats >> text=first")
     assert page.locator(".question > p").all_inner_texts() == ["first", "second", "third"]
 
 
@@ -495,13 +507,16 @@ def test_training_while_the_log_grows(window, base_dir):
     with run_in_progress(base_dir, "base", "d3", first) as write:
         page = me.open("#training")
         numbers = page.locator("#numbers")
-        page.wait_for_selector("#numbers >> text=99 of 400")
+        page.wait_for_selector("#numbers >> text=100 of 400")                # the row of step 99 is that of the hundredth
         assert page.locator("#run-head span").inner_text() == "running" and "Left" in numbers.inner_text()
         assert page.locator("figure").count() == 4                      # loss, learning rate, speed, gradient norm
+        scroll = "document.querySelector('#training-view').scrollTop"
+        page.evaluate(f"{scroll} = 50")
         samples = [["The capital of France is", "<img src=x onerror=hacked=9>"]]
-        write([*map(step_row, range(100, 201)), dict(step=200, val_bpb=1.75), dict(step=200, samples=samples),
+        write([*map(step_row, range(100, 200)), dict(step=200, val_bpb=1.75), dict(step=200, samples=samples),
                dict(step=200, test="<b>counts</b>", right=3, total=4)])
         page.wait_for_selector("#numbers >> text=200 of 400", timeout=15_000)
+        assert page.evaluate(scroll) == 50                              # who reads further down stays there
         assert "1.75" in numbers.inner_text() and "<img src=x" in page.locator("#samples").inner_text()
         assert "<b>counts</b>\t3 of 4\t75 %\t200" in page.locator("#tests").inner_text()
         page.locator("figure svg").first.hover()
@@ -529,7 +544,7 @@ def test_a_stopped_run_of_20000_steps_beside_another_and_the_report(window, base
     with run_in_progress(base_dir, "mid", "d9", [step_row(i, mfu=0.5) for i in range(100)]):
         with run_in_progress(base_dir, "base", "d9", [step_row(i, mfu=0.4) for i in range(20_000)]):
             page = me.open("#training/base%2Fd9")
-            page.wait_for_selector("#numbers >> text=19,999")
+            page.wait_for_selector("#numbers >> text=20,000")
             lengths = "[...document.querySelectorAll('path')].map(path => path.getAttribute('d').length)"
             assert max(page.evaluate(lengths)) < 30_000                  # not 20,000 points
             page.select_option("#beside", "mid/d9")
@@ -539,6 +554,10 @@ def test_a_stopped_run_of_20000_steps_beside_another_and_the_report(window, base
             eventually(lambda: page.evaluate("document.querySelector('#report img').naturalWidth") == 1)
             assert page.locator("#report summary").inner_text() == "All knobs"
             assert not page.locator("#report code").is_visible()
+            page.evaluate("document.querySelector('#training-view').scrollTop = 1e6")
+            page.click("#runs >> text=mid/d9")
+            page.wait_for_selector("#run-head h2:text-is('mid/d9')")
+            assert page.evaluate("document.querySelector('#training-view').scrollTop") == 0    # it is seen to be another
 
 
 @pytest.mark.full
