@@ -24,7 +24,8 @@ def runs():
             folder, path = base_path(parent, tag), base_path(parent, tag, "log.jsonl")
             with contextlib.suppress(OSError):                 # no folder of a run, or just moved away
                 found.append(dict(id=f"{stage}/{tag}", stage=stage, tag=tag, running=is_at_work(folder),
-                                  step=max((row["step"] for row in last_rows(path)), default=0),
+                                  # steps done: a row with ms is that of a step, from 0 on
+                                  step=max((row["step"] + ("ms" in row) for row in last_rows(path)), default=0),
                                   num_iterations=total_steps(folder), updated=os.path.getmtime(path)))
     return sorted(found, key=lambda run: -run["updated"])
 

@@ -682,7 +682,7 @@ def test_a_run_is_watched_while_it_grows(server, base_dir):
     progress = Progress(log, 0, 100, 1.0, 0.0)
     progress.update(0, 8.0, 1.0, dict(matrix_lr=0.02), 1000, 0.5)
     run, = server.http.get("/training").json()["runs"]
-    assert run.pop("updated") > 1.7e9 and run == dict(id="base/run", stage="base", tag="run", running=True, step=0, num_iterations=100)
+    assert run.pop("updated") > 1.7e9 and run == dict(id="base/run", stage="base", tag="run", running=True, step=1, num_iterations=100)
     first = server.http.get("/training/base/run").json()
     assert [row.get("loss") for row in first["rows"]] == [None, 8.0] and first["running"] and not first["restarted"]
     assert first["seconds_left"] == 99 * 0.5 and first["num_iterations"] == 100
