@@ -98,6 +98,6 @@ def test_the_whole_day(tmp_path):
     done = day(tmp_path)
     assert done.returncode == 0 and "failed" not in done.stdout.lower(), done.stdout
     found = {(line["part"], line["item"]): line["figures"] for line in lines(tmp_path)}
-    assert len(found) == 15 and len({part for part, _ in found}) == 8
+    assert len(found) == 16 and len({part for part, _ in found}) == 8
     assert found["resume", "d1"]["same_weights"] and found["resume", "d1"]["steps_with_other_loss"] == 0
     assert [row["largest_difference"] > 0 for row in found["curve", "d1"]] == [False, False, True]
