@@ -197,3 +197,4 @@ while True:
         note(error)
         if not (terminal or command):                  # each question of a file has a line, this one an empty one
             print(flush=True)
+raise SystemExit(int(stop.lost))

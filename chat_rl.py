@@ -19,8 +19,8 @@ import time
 
 import torch
 
-from checkpoint import (checkpoint_to_resume, find_parent, load_model, load_optimizers, require_finite, save_checkpoint,
-                        stage_folder)
+from checkpoint import (checkpoint_to_resume, find_parent, finish_writing, load_model, load_optimizers, require_finite,
+                        save_checkpoint, stage_folder)
 from engine import seed_of
 from muon import build_optimizers, lr_multiplier, set_schedule
 from plumbing import budget, stop
@@ -56,7 +56,7 @@ init_lr_frac = 0.05            # the share of these rates that the run begins wi
 eval_every = 60                # steps between evaluations on held-out problems; 0 = only at the end
 eval_examples = 400            # problems of such an evaluation
 eval_samples = 8               # answers to each
-save_every = 60                # steps between checkpoints; 0 = only at the end
+save_every = 60                # steps between checkpoints, which are made before an evaluation as well; 0 = only then
 resume = 0                     # 1 = continue from the newest checkpoint, if there is one
 # machine
 run = ""                       # name of the run in wandb; "" = log.jsonl alone
@@ -126,20 +126,21 @@ for step in range(start_step, total_steps + 1):
     last = step == total_steps
 
     # once in a while: save, then the held-out problems, which take minutes
-    tested = eval_every and step == 0 or due(step, eval_every, last)
-    if step > start_step and (stopping or tested or due(step, save_every, last)):
+    test_due = eval_every and step == 0 or due(step, eval_every, last)
+    if step > start_step and (stopping or test_due or due(step, save_every, last)):
         save_checkpoint(checkpoint_dir, step, model, optimizers, dict(
             stage="rl", num_iterations=total_steps, progress=progress.state(), config=config, source=parent,
             tokenizer=tokenizer.fingerprint, rows=examples_per_step, conversations=len(train_data), device_batch_size=B,
             machine=machine.describe(), peak_memory=machine.peak_memory()), wait=last or stopping)
     if stopping:
         leave(step, resume)
-    if tested and not stop.is_near():
+    if test_due and not stop.is_near():
         with stop.cut_short():                                  # a signal need not wait for its end
             passed = evaluate_pass_at_k(rollouts, test_data, eval_examples, eval_samples)
             print0(f"step {step:5d}/{total_steps} | " + ", ".join(f"pass@{k} {part:.4f}" for k, part in passed.items()))
             log.write(step, **{f"pass@{k}": part for k, part in passed.items()})
-    if tested and stop.is_near() and not last:                  # the same command begins with this test again
+    if test_due and stop.is_near():                             # the same command begins with this test again
+        finish_writing()
         leave(step, resume)
     if last:
         break

@@ -110,13 +110,15 @@ class GraphedStep:
     rows and positions take part is rounded up: there is a graph for each such shape, from the REPEATS-th pass on.
     source: CUDA C++ Programming Guide, "CUDA Graphs"
     """
+    possible = True            # until it turns out that it is not
 
     def __init__(self, model, cache):
         self.model, self.cache = model, cache
         # the new token of each row, and its position
         self.now = torch.zeros(2, cache.kv.size(2), dtype=torch.int64, device=model.device)
         self.passes, self.graphs = Counter(), {}               # both by (rows, positions)
-        self.possible = True   # until it turns out that it is not
+        # of the memory that the graphs work in: they run one after the other, so it can be the same
+        self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
     def __call__(self, tokens):
         """The new tokens of the cache's first rows, a list -> logits (B, V) of what follows, until the next call."""
@@ -153,16 +155,17 @@ class GraphedStep:
     def capture(self, shape):
         """Make the graph of a shape, where that is possible."""
         try:
-            self.graphs[shape] = captured(lambda: self.run(shape))
+            self.graphs[shape] = captured(lambda: self.run(shape), self.pool)
         except RuntimeError as error:
-            self.possible = False
-            print(f"(no CUDA graph: {str(error).splitlines()[0]}; generation goes on without, slower)", file=sys.stderr)
+            GraphedStep.possible = False
+            why = str(error).partition("\n")[0]
+            print(f"(no CUDA graph: {why}; generation goes on without, slower)", file=sys.stderr)
 
 
-def captured(function):
+def captured(function, pool):
     """(a function that repeats what `function` does on a GPU, what it returns: the same tensors each time)"""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):     # of a server, other threads go on meanwhile
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):     # of a server, other threads go on meanwhile
         result = function()
     return graph.replay, result
 

@@ -230,8 +230,8 @@ class GPT(nn.Module):
         returns  logits (B, T, V) float32, or (B, V) at the positions; with targets the loss instead, in nats,
                  summed over the scored tokens
         """
-        # on an H100 attention is cuDNN's by default, and plans, for tens of milliseconds, each length that it has not met:
-        # good for training, whose batches have one
+        # on an H100 attention is cuDNN's by default, and plans, for tens of milliseconds, each shape that it has not met:
+        # good for training, which has few
         torch.backends.cuda.enable_cudnn_sdp(targets is not None)
         if targets is None:
             x = self.trunk(idx, kv_cache)

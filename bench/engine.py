@@ -107,10 +107,9 @@ def written(model, requests, slots):
 
 
 machine = start(device, dtype)
-if machine.device.type == "cuda":
-    new_tokens = max(new_tokens, 3 * REPEATS)
-if min(map(int, contexts.split(","))) < new_tokens + 3:
-    raise SystemExit(f"contexts={contexts}: each must hold a prompt and the {new_tokens + 2} new tokens")
+num_timed = max(new_tokens, 3 * REPEATS if machine.device.type == "cuda" else 0)
+if min(map(int, contexts.split(","))) < num_timed + 3:
+    raise SystemExit(f"contexts={contexts}: each must hold a prompt and the {num_timed + 2} new tokens")
 print(f"{machine.name}, {machine.dtype_name}, {machine.threads} CPU threads, vocabulary {vocab_size:,}; tokens per second")
 ways = dict(ours=ours, growing=growing, **({"no cache": uncached} if no_cache else {}))
 if machine.device.type == "cuda":
@@ -124,13 +123,13 @@ for depth in map(int, depths.split(",")):
         torch.nn.init.normal_(p, std=0.02)
     for B in map(int, batches.split(",")):
         for context in map(int, contexts.split(",")):
-            length = context - new_tokens - 2
+            length = context - num_timed - 2
             prompts = torch.randint(vocab_size, (B, length), generator=torch.Generator().manual_seed(1)).tolist()
             timed = {name: [] for name in ways}
             for _ in range(turns):
                 tokens = {}
                 for name, way in ways.items():
-                    seconds, tokens[name] = seconds_of(way, model, prompts, new_tokens)
+                    seconds, tokens[name] = seconds_of(way, model, prompts, num_timed)
                     timed[name] += seconds
             same = machine.dtype_name != "float32" or all(tokens[name] == tokens["ours"] for name in ways)
             speed = {name: B / statistics.median(times) for name, times in timed.items()}

@@ -31,7 +31,7 @@ def smooth(values):
 
 
 def at_end(values):
-    """The mean of the last fiftieth, of five values at least, but of no more than half: a single step says little."""
+    """The mean of the last fiftieth, of five values at least, but of no more than half, rounded up: a single step says little."""
     return statistics.fmean(values[-max(min(5, (len(values) + 1) // 2), len(values) // 50):])
 
 

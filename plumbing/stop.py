@@ -24,7 +24,7 @@ asked = 0            # the signal that has told this process to stop; 0 = none
 asked_at = 0.0
 in_loop = False      # whether a signal only asks: the loop of the stage looks after each step
 finishing = "this step"  # what that is
-lost = False         # whether something that was printed met a full disk
+lost = False         # whether something printed, other than remarks, met a full disk
 cutting = False      # whether an evaluation is under way that a signal cuts short
 
 
@@ -53,10 +53,10 @@ def watch_output(gone=lambda: None):
                 return super().write(data)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    if not lost:
+                    if not lost and self.fileno() == 1:
+                        lost = True
                         with contextlib.suppress(OSError):
                             os.write(2, f"(output: {error.strerror}; what is printed is lost until there is room)\n".encode())
-                    lost = True
                 elif error.errno in (errno.EPIPE, errno.EIO):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
                     gone()
@@ -102,7 +102,7 @@ def finish_steps(what="this step"):
 
 @contextlib.contextmanager
 def cut_short():
-    """Around an evaluation that takes minutes: a signal ends it, and then the step after it is finished and saved."""
+    """Around an evaluation that takes minutes: a signal ends it, and then the script leaves, after a step that it finishes and saves."""
     global in_loop, cutting
     in_loop, cutting = WORLD_SIZE > 1, True                      # several ranks can't leave it each at another moment
     try:

@@ -399,10 +399,12 @@ def test_a_pipe_ends_on_either_side(base_dir):
     process = start(["--model_tag=d1", "-p", "x"], preexec_fn=lambda: os.close(0), stdout=subprocess.PIPE)
     out, err = process.communicate(timeout=60)
     assert (out.decode(), err, process.returncode) == (ANSWER, b"", 0)
-    with open("/dev/full", "wb") as full:
-        process = start(["--model_tag=d1", "-p", "x"], stdout=full)
     lost = b"(output: No space left on device; what is printed is lost until there is room)\n"
-    assert (process.communicate(timeout=60)[1], process.returncode) == (lost, 1)
+    for flags, before in ((["-p", "x"], 0), ([], 1)):
+        with open("/dev/full", "wb") as full:
+            process = start(["--model_tag=d1", *flags], stdin=subprocess.PIPE, stdout=full)
+        err = process.communicate(b"x\n", timeout=60)[1].splitlines(keepends=True)
+        assert (err[before], len(err), process.returncode) == (lost, before + 1, 1), err
 
 
 def test_ctrl_c_ends_a_file_of_questions(base_dir):
