@@ -107,7 +107,7 @@ class GraphedStep:
     take less time than it takes to start them.
 
     A graph repeats the same kernels on the same memory. So what changes from pass to pass is in a tensor, and how many
-    rows and positions take part is rounded up: there is a graph for each such shape, from the REPEATS-th pass on.
+    rows and positions take part is rounded up: there is a graph for each such shape, once it has had REPEATS passes.
     source: CUDA C++ Programming Guide, "CUDA Graphs"
     """
     possible = True            # until it turns out that it is not

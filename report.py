@@ -138,7 +138,8 @@ def stage_rows(run):
         f"{statistics.fmean(rewards[:few]):.3f} at first, {at_end(rewards):.3f} at the end" if rewards else ""
     for key in dict.fromkeys(key for row in log for key in row if key.startswith("pass@")):
         steps, passed = series(log, key)
-        yield f"{key} on held-out problems", f"{passed[0]:.3f} at step {steps[0]}, {passed[-1]:.3f} at step {steps[-1]}" if passed else ""
+        yield f"{key} on held-out problems", \
+            f"{passed[0]:.3f} at step {steps[0]}, {passed[-1]:.3f} at step {steps[-1]}" if passed else ""
     yield "problems with right and wrong answers, median", f"{100 * statistics.median(mixed):.0f} %" if mixed else ""
     for key, unit in (("val_bpb", "bits per byte"), ("val_loss", "nats per token")):
         yield f"validation, {unit}", f"{run[key]:.4f}" if run[key] is not None else ""

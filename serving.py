@@ -39,7 +39,8 @@ def models(source="", model_tag=""):
     found = [info for stage in FOLDERS for tag in tags_of(stage) if (info := model_info(stage, tag))]
     wanted = [info for info in found if source in ("", info["stage"]) and model_tag in ("", info["tag"])]
     # a folder that was copied or renamed is in nobody's way
-    default = max(wanted, key=lambda info: (list(FOLDERS).index(info["stage"]), not info["copied"], info["created"]), default=None)
+    default = max(wanted, default=None, key=lambda info: (
+        list(FOLDERS).index(info["stage"]), not info["copied"], info["created"]))
     return [info | dict(default=info is default) for info in found]
 
 

@@ -102,7 +102,7 @@ def finish_steps(what="this step"):
 
 @contextlib.contextmanager
 def cut_short():
-    """Around an evaluation that takes minutes: a signal ends it, and then the script leaves, after a step that it finishes and saves."""
+    """Around an evaluation that takes minutes: a signal ends it, and the loop leaves as soon as what it has is saved."""
     global in_loop, cutting
     in_loop, cutting = WORLD_SIZE > 1, True                      # several ranks can't leave it each at another moment
     try:
