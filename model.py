@@ -9,6 +9,7 @@ B rows, T tokens a row, C channels (n_embd), H heads, D channels a head, V vocab
 """
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -68,28 +69,16 @@ class ReluSquared(torch.autograd.Function):
         return (ctx.saved_tensors[0] + 1e-37).sqrt_().mul_(grad).mul_(2)
 
 
-made_anew = False      # whether gradient checkpointing makes the activations anew: set by the model that runs
-
-
-def saves_little():
-    """
-    Whether the two functions above are worth their call: where a way back follows, for which they save less.
-
-    Compiled with gradient checkpointing torch 2.11 would save it nevertheless: 8.7 values per token and layer instead of 1.3.
-    """
-    return torch.is_grad_enabled() and not (made_anew and torch.compiler.is_compiling())
-
-
 def norm(x):
     """RMSNorm without a learned weight: the mean square over the last dimension becomes 1."""
-    if saves_little():
+    if torch.is_grad_enabled():
         return RMSNorm.apply(x)
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)            # quicker to call, which generation notices
 
 
 def relu_squared(x):
     """As good as GELU, and sparse (arXiv 2109.08668)."""
-    return ReluSquared.apply(x) if saves_little() else F.relu(x).square()
+    return ReluSquared.apply(x) if torch.is_grad_enabled() else F.relu(x).square()
 
 
 class Linear(nn.Module):
@@ -238,18 +227,16 @@ class GPT(nn.Module):
             if positions is not None:
                 x = x[torch.arange(len(x), device=x.device), positions]    # (B, C)
             return capped(self.lm_head(x))
-        global made_anew
-        made_anew = self.gradient_checkpointing
-        trunk, chunk, _ = self.compiled_parts or (self.trunk, loss_chunk, None)
+        parts = self.compiled_parts or EAGER
         if self.compiled_parts:
             self.compiled_shapes.add(idx.shape)
-        x, y = trunk(idx, kv_cache).flatten(0, 1), targets.flatten()       # (B*T, C), (B*T,)
+        x, y = self.trunk(idx, kv_cache, parts).flatten(0, 1), targets.flatten()       # (B*T, C), (B*T,)
         if weights is not None:
             weights = weights[:, None].expand_as(targets).flatten()        # (B*T,)
         if x.device.type == "cpu" and (y < 0).any():
             # a CPU skips the tokens nobody scores; a GPU would have to wait to learn how many there are
             x, y, weights = x[y >= 0], y[y >= 0], None if weights is None else weights[y >= 0]
-        return capped_cross_entropy(x, self.lm_head.weight, y, chunk, weights)
+        return capped_cross_entropy(x, self.lm_head.weight, y, parts.loss_chunk, weights)
 
     @torch.no_grad()
     def score(self, idx, targets, kv_cache=None):
@@ -262,30 +249,34 @@ class GPT(nn.Module):
         returns  their losses in nats, (n,) float32, and the likeliest token in the place of each, (n,) int64
         """
         fast = self.compiled_parts and kv_cache is None and idx.shape in self.compiled_shapes
-        trunk, _, chunk = self.compiled_parts if fast else (self.trunk, None, score_chunk)
+        parts = self.compiled_parts if fast else EAGER
         torch.backends.cuda.enable_cudnn_sdp(bool(fast))                   # see forward()
-        x, y = trunk(idx, kv_cache).flatten(0, 1), targets.flatten()
+        x, y = self.trunk(idx, kv_cache, parts).flatten(0, 1), targets.flatten()
         if not fast:                                                       # then shapes may differ from batch to batch
             x, y = x[y >= 0], y[y >= 0]
         w = self.lm_head.weight.to(x.dtype)
-        losses, best = zip(*[chunk(x[rows], w, y[rows]) for rows in chunks(x, w)])
+        losses, best = zip(*[parts.score_chunk(x[rows], w, y[rows]) for rows in chunks(x, w)])
         return torch.cat(losses)[y >= 0], torch.cat(best)[y >= 0]
 
-    def trunk(self, idx, kv_cache=None):
+    def embed(self, idx):
+        return norm(self.transformer.wte(idx).to(self.compute_dtype))
+
+    def trunk(self, idx, kv_cache=None, parts=None):
         """Everything but the output head: (B, T) int64 -> (B, T, C), normalised."""
+        parts = parts or EAGER
         T = idx.size(1)
         assert T <= self.config.sequence_len, f"{T} tokens in a context of {self.config.sequence_len}"
         at = slice(T) if kv_cache is None else kv_cache.begin(T)           # the positions of these tokens
         cos, sin = self.cos[0, at], self.sin[0, at]
-        x = norm(self.transformer.wte(idx).to(self.compute_dtype))
+        x = parts.embed(self, idx)
         for block in self.transformer.h:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, None, use_reentrant=False)
+                x = checkpoint(parts.block, block, x, cos, sin, None, use_reentrant=False)
             else:
-                x = block(x, cos, sin, kv_cache)
+                x = parts.block(block, x, cos, sin, kv_cache)
         if kv_cache is not None:
             kv_cache.advance(T)
-        return norm(x)
+        return parts.norm(x)
 
 
 def capped(logits):
@@ -378,13 +369,19 @@ class CappedCrossEntropy(torch.autograd.Function):
         return grad_x * grad, grad_w * grad, None, None, None
 
 
+# what a pass takes its time for; self comes first where it is a method
+EAGER = SimpleNamespace(embed=GPT.embed, block=Block.forward, norm=norm, loss_chunk=loss_chunk, score_chunk=score_chunk)
+
+
 def compiled(model):
     """
     Compile what model(idx, targets), the loss, takes its time for -> the model itself.
 
-    The trunk is compiled, and the work on one chunk of logits; the loop over the chunks stays Python: the compiler
-    would unroll it and put off the products of all chunks to its end, with the memory that takes. Each new shape of
-    idx is compiled anew, up to torch._dynamo.config.recompile_limit (8) times: a run should have few.
+    Its parts are compiled, and the loops over the blocks and over the chunks of logits stay Python. So the blocks, which
+    differ in nothing but their weights, are compiled once for all: for a d12 that takes a fifth of the time, and its
+    step is predicted to be as fast. Their gradients are ready one block after the other, and exchanged meanwhile. And a
+    loop over chunks would be unrolled, the products of all of them put off to its end, with the memory that takes.
+    Each new shape of idx is compiled anew, up to torch._dynamo.config.recompile_limit (8) times: a run should have few.
     """
-    model.compiled_parts = tuple(torch.compile(part, dynamic=False) for part in (model.trunk, loss_chunk, score_chunk))
+    model.compiled_parts = SimpleNamespace(**{name: torch.compile(part, dynamic=False) for name, part in vars(EAGER).items()})
     return model

@@ -84,7 +84,7 @@ class Variant:
         if variant == "ours":
             self.model, self.clip = GPT(config, machine.dtype).to(machine.device), clip
             self.optimizers = build_optimizers(self.model, **RATES)
-            compiler = getattr(textbook, "compiled", compiler)   # trunk and loss apart
+            compiler = getattr(textbook, "compiled", compiler)   # each of its parts
         else:
             self.model, self.clip = reference.PlainGPT(config, machine.dtype).to(machine.device), reference.clip
             self.optimizers = reference.build_optimizers(self.model, **RATES, compiled=compiled)

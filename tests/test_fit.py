@@ -110,7 +110,7 @@ def test_checkpointing_comes_last_and_then_one_line(gpu, capsys):
 
 
 def test_what_does_not_compile_is_one_line_and_goes_on(gpu, capsys):
-    B, forward, model = fitted(gpu, compiled_parts=(None, None, None))
+    B, forward, model = fitted(gpu, compiled_parts=SimpleNamespace())
     assert B == 48 and forward is model and model.compiled_parts is None
     assert "torch.compile fails here" in (out := capsys.readouterr().out) and out.count("\n") == 3
 
@@ -120,7 +120,7 @@ def test_a_model_that_does_not_compile_is_tried_and_trained_without(gpu, monkeyp
         raise RuntimeError("no compiler here")
 
     cpu, model = machine.start("cpu"), GPT(CONFIG)
-    model.compiled_parts = broken, broken, broken
+    model.compiled_parts = SimpleNamespace(embed=broken)
     with pytest.raises(RuntimeError, match="no compiler"):
         REAL_ATTEMPT(cpu, model, [], 2)
     model.compiled_parts = None
