@@ -111,12 +111,17 @@ def read_texts(path):
 
 def token_path(shard, tokenizer):
     """The token file of a shard: the name holds the vocabulary's fingerprint, so no two mix."""
-    return f"{shard[:-len('.parquet')]}.{tokenizer.fingerprint}.bin"
+    return f"{shard.removesuffix('.parquet')}.{tokenizer.fingerprint}.bin"
+
+
+def mask_path(path):
+    """Beside a token file of conversations: which of its tokens are scored. That of a shard has none: all are."""
+    return f"{path.removesuffix('.bin')}.mask"
 
 
 def is_fresh(path):
     """Whether a token file is there and not older than the shard it was made from, if any."""
-    shard = f"{path[:-len('.bin')].rpartition('.')[0]}.parquet"
+    shard = f"{path.removesuffix('.bin').rpartition('.')[0]}.parquet"
     with contextlib.suppress(FileNotFoundError):
         made = os.path.getmtime(path)
         return not os.path.exists(shard) or os.path.getmtime(shard) <= made
@@ -150,7 +155,7 @@ def is_made(path, tokenizer):
 
     A shard's token file of an older version has no sums: it gets them as it is, if all its ids can be right.
     """
-    if is_fresh(path) and not os.path.exists(f"{path}.json") and not os.path.exists(f"{path[:-len('.bin')]}.mask"):
+    if is_fresh(path) and not os.path.exists(f"{path}.json") and not os.path.exists(mask_path(path)):
         size = os.path.getsize(path)
         if size and size % 2 == 0 and np.memmap(path, np.uint16, "r").max() < tokenizer.vocab_size:
             write_json(f"{path}.json", {os.path.basename(path): fingerprint(path)})
@@ -182,7 +187,7 @@ def write_token_file(path, documents):
     documents: iterator of (ids, mask); mask is 1 for each token that is scored as a target
     """
     # the inner file is finished first: where the tokens are, their mask is too
-    with atomic_write(path) as f, atomic_write(f"{path[:-len('.bin')]}.mask") as g:
+    with atomic_write(path) as f, atomic_write(mask_path(path)) as g:
         for ids, mask in documents:
             tokens = np.array(ids, dtype=np.int64)
             assert ((tokens >= 0) & (tokens < 2**16)).all(), f"{path}: a token does not fit into uint16"
@@ -302,6 +307,12 @@ def epoch_tokens(stream, conversations):
 # 4. Batches: where a row lies depends on its number alone, so resuming needs no loader state.
 
 
+def mapped(path, dtype):
+    """A file of numbers as an array, whose pages are read when they are used."""
+    # an empty file can't be mapped
+    return np.memmap(path, dtype, mode="r") if os.path.getsize(path) else np.empty(0, dtype)
+
+
 class TokenStream:
     """
     The tokens of many files, one after the other, as a ring without end.
@@ -334,7 +345,8 @@ class TokenStream:
         """Wait for the next file to be there and whole, saying so once, and map it."""
         path, said, looked_at = self.paths[len(self.files)], False, None
         while True:
-            if (here := version(path)) != looked_at and is_whole(path):     # read through once per start, and when it has changed
+            here = version(path)
+            if here != looked_at and is_whole(path):    # read through once per start, and when it has changed
                 break
             looked_at = here
             coming = self.still_coming is not None and self.still_coming()
@@ -344,16 +356,13 @@ class TokenStream:
                 print(f"waiting for {os.path.basename(path)}", flush=True)
                 said = True
             time.sleep(0.05)
-        files = []
-        for name, dtype in ((path, np.uint16), (f"{path[:-len('.bin')]}.mask", np.uint8)):
-            if not os.path.exists(name):
-                files.append(None)
-            else:                                 # an empty file can't be mapped
-                files.append(np.memmap(name, dtype=dtype, mode="r") if os.path.getsize(name) else np.empty(0, dtype))
-        tokens, mask = files
-        assert mask is None or len(mask) == len(tokens), f"{path}: its mask has another length"
-        if (expected := self.counts()[len(self.files):][:1]) not in ([], [len(tokens)]):
-            raise SystemExit(f"{path}: {len(tokens):,} tokens, {expected[0]:,} when this run began, so its shard is "
+        tokens, mask = mapped(path, np.uint16), None
+        if os.path.exists(mask_path(path)):
+            mask = mapped(mask_path(path), np.uint8)
+            assert len(mask) == len(tokens), f"{path}: its mask has another length"
+        k = len(self.files)
+        if k < len(self.known) and self.known[k] != len(tokens):
+            raise SystemExit(f"{path}: {len(tokens):,} tokens, {self.known[k]:,} when this run began, so its shard is "
                              "another one now; put the old one back, or train anew with --model_tag=NEW")
         self.files.append((tokens, mask))
         self.ends.append((self.ends[-1] if self.ends else 0) + len(tokens))

@@ -52,7 +52,7 @@ def fetch_shards(wanted):
         if os.path.exists(path) and not problem_with_parquet(path) and "text" not in pq.read_schema(path).names:
             raise SystemExit(f"{path}: {problem_with_shard(path)}; name its column of texts so, or move the file away")
     missing = [i for i in wanted if not os.path.exists(shard_path(i)) or problem_with_shard(shard_path(i))]
-    untokenized = [i for i in wanted if i in missing or not glob.glob(f"{shard_path(i)[:-len('.parquet')]}.*.bin")]
+    untokenized = [i for i in wanted if i in missing or not glob.glob(f"{shard_path(i).removesuffix('.parquet')}.*.bin")]
     folder, need = base_path("base_data"), len(missing) * SHARD_BYTES + len(untokenized) * 2 * SHARD_TOKENS
     os.makedirs(folder, exist_ok=True)
     if (free := shutil.disk_usage(folder).free) < need:

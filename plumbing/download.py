@@ -108,7 +108,7 @@ def locked(part):
 
 def fetch_patiently(url, f, problem_with):
     """Fill f until it is whole and right; what may pass by itself gets more tries, counted since the last progress."""
-    name, spoiled, furthest, tries = os.path.basename(f.name)[:-len(".part")], 0, f.tell(), 0
+    name, spoiled, furthest, tries = os.path.basename(f.name).removesuffix(".part"), 0, f.tell(), 0
     while True:
         try:
             sha256 = fetch(url, f)

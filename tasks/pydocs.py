@@ -94,7 +94,7 @@ def library_entries():
             if name.endswith(".py") and name != "topics.py":
                 path = os.path.join(folder, name)
                 tree = parse(path)
-                module = os.path.relpath(path, root)[:-len(".py")].replace(os.sep, ".").removesuffix(".__init__")
+                module = os.path.relpath(path, root).removesuffix(".py").replace(os.sep, ".").removesuffix(".__init__")
                 yield "module", module, f"module {module}", ast.get_docstring(tree)
                 yield from definitions(tree, module)
 
