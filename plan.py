@@ -134,22 +134,27 @@ def stages(k):
     if not k.tiny:
         evaluations = base // k.core_metric_every if k.core_metric_every else 0
         scored["base"] += CORE_TOKENS * (min(CORE_ITEMS, 22 * k.core_items or CORE_ITEMS) + evaluations * 22 * 500)
-    return dict(base=(base, step, scored["base"]), mid=(mid, step, scored["mid"]),
-                sft=(sft, 32 * row, (sft // data["sft_every"] + 1) * data["sft_val"] * row),
-                **(dict(rl=(k.rl_iterations or RL_EPOCH, data["rl"]["answers"] * min(data["rl"]["row"], k.max_seq_len), 0))
-                   if k.rl else {}), report=(0, 0, 0))
+    found = dict(base=(base, step, scored["base"]), mid=(mid, step, scored["mid"]),
+                 sft=(sft, 32 * row, (sft // data["sft_every"] + 1) * data["sft_val"] * row))
+    if k.rl:
+        found["rl"] = k.rl_iterations or RL_EPOCH, data["rl"]["answers"] * min(data["rl"]["row"], k.max_seq_len), 0
+    return found | dict(report=(0, 0, 0))
 
 
 def answer_passes(k, stage):
     """Passes over one token of 16 answers that the tests of a stage take."""
-    data = data_of(k)
+    if stage not in ("mid", "sft", "rl"):
+        return 0
+    data, most = data_of(k), k.max_seq_len // 2      # tokens that an answer may have
     batches = sum(-(-min(n, k.eval_problems or n) // 16) for n in data["answers"])
-    quick = (stages(k)["sft"][0] // 200 + 1) * -(-data["quick"] // 16) * 128 if stage == "sft" else 0
-    drawn, rl = 0, data["rl"]
-    if stage == "rl":
-        steps = stages(k)["rl"][0]
-        drawn = (steps + (steps // rl["every"] + 2) * rl["tested"] / rl["answers"]) * min(rl["longest"], k.max_seq_len // 2) * rl["cost"]
-    return drawn + quick + batches * min(data["longest"], k.max_seq_len // 2) if stage in ("mid", "sft", "rl") else 0
+    passes = batches * min(data["longest"], most)
+    if stage == "sft":                               # its tests while training
+        passes += (stages(k)["sft"][0] // 200 + 1) * -(-data["quick"] // 16) * 128
+    if stage == "rl":                                # the answers that it learns from, and those of its evaluations
+        rl, steps = data["rl"], stages(k)["rl"][0]
+        drawn = steps + (steps // rl["every"] + 2) * rl["tested"] / rl["answers"]      # as many as in so many steps
+        passes += drawn * min(rl["longest"], most) * rl["cost"]
+    return passes
 
 
 def seconds(k, speed):
@@ -196,10 +201,10 @@ def memory_of(k, gpu_bytes):
 
 def show_times(k, speed):
     """The stages as a table; without the columns of times where the speed is not known (None)."""
-    times = {stage: map(duration, both) for stage, both in seconds(k, speed).items()} if speed else {}
+    times = seconds(k, speed) if speed else {}
     print(f"  {'':18}{'steps':>7}{'tokens a step':>15}{'in all':>9}" + (f"{'training':>10}{'the rest':>10}" if speed else ""))
     for stage, (steps, tokens, _) in stages(k).items():
-        training, rest = times.get(stage, ("", ""))
+        training, rest = map(duration, times[stage]) if speed else ("", "")
         size = f"{steps:>7,}{tokens:>15,}{steps * tokens / 1e6:>8,.1f}M{training:>10}" if steps else " " * 41
         if steps or speed:                           # the report has no steps, only a time
             print(f"  {NAMES[stage]:18}{size}{rest:>10}".rstrip())
@@ -209,10 +214,12 @@ def show_choices(speed, gpu_bytes):
     """Which rows of the drivers' tables would fit into some hours, at the speed of the model that was planned."""
     hours = {}
     for name, flags in configurations().items():
-        k = SimpleNamespace(**configure(dict(config, __file__=__file__), flags, show=False) | dict(num_processes=num_processes))
+        knobs = configure(dict(config, __file__=__file__), flags, show=False)
+        k = SimpleNamespace(**knobs | dict(num_processes=num_processes))
         if rows_per_step(k.total_batch_size, k.max_seq_len) < num_processes:
             continue
-        took, (B, need) = sum(map(sum, seconds(k, speed).values())) / 3600, memory_of(k, gpu_bytes)
+        took = sum(map(sum, seconds(k, speed).values())) / 3600
+        B, need = memory_of(k, gpu_bytes)
         fits = not gpu_bytes or need < gpu_bytes
         hours[name] = took if fits else math.inf
         how = f"{B} rows at a time" if fits else "too much"
@@ -225,9 +232,10 @@ if wrong := misspelt(given.split(), known.split()):
     raise SystemExit(f"{wrong[0]} is set, which nothing reads: did you mean {wrong[1]}? (unset {wrong[0]} to go on without)")
 if gpu and not peak_flops(gpu):
     raise SystemExit(f"gpu={gpu}: must be one of {', '.join(CARD_GB)}; 'A100 80GB' is one of that size")
-k, (here, gpu_bytes) = SimpleNamespace(**config), gpu_here()
-base_steps, step_tokens, _ = stages(k)["base"]
-params, tokens = num_params(model_of(k))["total"], base_steps * step_tokens
+k = SimpleNamespace(**config)
+here, gpu_bytes = gpu_here()
+steps, step_tokens, _ = stages(k)["base"]
+params, tokens = num_params(model_of(k))["total"], steps * step_tokens
 checkpoints = ((3 + rl) * KEEP + 1) * checkpoint_bytes(model_of(k))     # of each stage, and the one being written
 disk = (num_shards * SHARD_DISK + TASK_DISK if num_shards else 0) + checkpoints
 print(f"plan: d{depth}, {params / 1e6:.1f}M parameters, rows of {max_seq_len:,} tokens, vocabulary {vocab_size:,}")
