@@ -47,15 +47,15 @@ TOKENIZER = {"stages", "resume", "curve"}          # parts that need one, and wi
 # in order of worth: part, measurement, seconds it may take (a guess for an H200, until results.jsonl of one is seen)
 GPU_DAY = """
     stages text 30, stages base_train 150, stages mid_train 110, stages chat_sft 70, stages base_eval 50,
-    stages chat_eval 70, stages chat_rl 70, stages chat_cli 20, stages report 10, fit d12 90, bench d12 150, fit d20 150, bench d20 300,
-    memory d12 60, cards d12-in-12GB 130, resume d6 150, curve d12 200, decode d12 30, cards d20-in-24GB 240,
+    stages chat_eval 70, stages chat_rl 70, stages chat_cli 20, stages report 10,
+    fit d12 90, bench d12 150, fit d20 150, bench d20 300, memory d12 60, cards d12-in-12GB 130, resume d6 150, curve d12 200, decode d12 30, cards d20-in-24GB 240,
     fit d16 120, bench d16 240, cards d20-in-40GB 180, fit d14 100, bench d14 200, fit d18 140, bench d18 270,
     memory d20 90, cards d14-in-40GB 120, cards d12-in-16GB 90, cards d16-in-24GB 150, memory d14 70,
     cards d16-in-16GB 150, cards d18-in-24GB 180, cards d18-in-40GB 180, decode d20 40"""
 TOY_DAY = """
     stages text 15, stages base_train 15, stages mid_train 30, stages chat_sft 30, stages base_eval 15,
-    stages chat_eval 20, stages chat_rl 20, stages chat_cli 10, stages report 10, fit d1 15, bench d1 30, memory d1 10, decode d1 10,
-    resume d1 40, curve d1 40, cards d1-in-12GB 10"""
+    stages chat_eval 20, stages chat_rl 20, stages chat_cli 10, stages report 10,
+    fit d1 15, bench d1 30, memory d1 10, decode d1 10, resume d1 40, curve d1 40, cards d1-in-12GB 10"""
 # what the parts that train run with
 BASE = "--depth=12 --max_seq_len=1024 --total_batch_size=524288 --num_iterations=40"
 BASE_TOY = "--depth=1 --head_dim=32 --max_seq_len=256 --total_batch_size=2048 --num_iterations=5 --dtype=float32"
@@ -82,7 +82,7 @@ def call(argv, ends, kill_when=None):
     kill_when  a function: as soon as it says True, the process gets signal 9 and that is no failure
     raises     Failed
     """
-    begin, killed, name = log.tell(), False, argv[argv[0].startswith("-")]
+    begin, killed, name = log.tell(), False, argv[1] if argv[0].startswith("-") else argv[0]
     print(f"\n$ python {' '.join(argv)}", file=log, flush=True)
     # a group of its own; it keeps the lock, so that what outlives us is not overlooked at the next start
     process = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log,
@@ -196,7 +196,7 @@ def trained(seconds, meta, log_rows, said):
                 peak_bytes=meta["peak_memory"], **{f"first_{what}": steps[0][what], f"last_{what}": steps[-1][what]})
 
 
-def measured(what, item, ends):
+def measured(item, ends, what):
     """What bench/measure.py measures: "d20" or, on a card that is played, "d20-in-24GB"."""
     depth, _, card = item.partition("-in-")
     played = [f"--gigabytes={card[:-2]}"] if card else []
@@ -230,17 +230,20 @@ def resume(item, ends):
     steps, save, size = (12, 4, TOY) if toy else (60, 20, "--max_seq_len=1024 --total_batch_size=65536")
     argv = f"base_train.py --depth={item[1:]} {size} --num_iterations={steps} --save_every={save} --sample_every=0 " \
         "--core_metric_every=0 --final_eval_tokens=8192"
-    argv = argv.split()
-    folder = "base_checkpoints"
+    argv, folder, killed = argv.split(), "base_checkpoints", base_path("base_checkpoints", "killed")
 
     def run(tag, *flags):
         _, meta, rows, _ = train(folder, tag, [*argv, *flags], ends)
         return meta["files"][f"model_{steps:06d}.pt"][1], {row["step"]: row["loss"] for row in rows if "loss" in row}
 
+    def saved():
+        return sorted(glob.glob(os.path.join(killed, "meta_*.json")))
+
+    def reached():
+        return max([row["step"] for row in read_log(killed)], default=0)
+
     through = run("through")
-    shutil.rmtree(base_path(folder, "killed"), ignore_errors=True)
-    reached = lambda: max([row["step"] for row in read_log(base_path(folder, "killed"))], default=0)     # noqa: E731
-    saved = lambda: sorted(glob.glob(base_path(folder, "killed", "meta_*.json")))     # noqa: E731
+    shutil.rmtree(killed, ignore_errors=True)
     call([*argv, "--model_tag=killed"], ends, kill_when=lambda: saved() and reached() > save)
     figures = dict(steps=steps, resumed_from=int(saved()[-1][-11:-5]), killed_after_step=reached())
     figures.update(differences(through, run("killed", "--resume=1")))
@@ -277,8 +280,8 @@ def curve(item, ends):
     return results
 
 
-measures = dict(stages=stages, bench=bench, resume=resume, curve=curve, cards=functools.partial(measured, "fit"))
-measures.update({what: functools.partial(measured, what) for what in ("fit", "memory", "decode")})
+fit, memory, decode = (functools.partial(measured, what=what) for what in ("fit", "memory", "decode"))
+measures = dict(stages=stages, fit=fit, bench=bench, memory=memory, decode=decode, resume=resume, curve=curve, cards=fit)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -301,13 +304,19 @@ def read_results(path):
 
 def shown(key, value):
     """A figure for people."""
-    if value is None or isinstance(value, (str, bool)):
-        return {None: "", True: "yes", False: "no"}.get(value, value).replace("|", "\\|").replace("\n", " ")
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value.replace("|", "\\|").replace("\n", " ")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if key.endswith("_bytes"):
         return f"{value / 1e9:.2f} GB"
     if key == "mfu":
         return f"{100 * value:.1f} %"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def table(lines):
