@@ -22,7 +22,7 @@ from plumbing import budget, stop
 from plumbing.common import Log, Progress, due, duration, print0
 from plumbing.configurator import configure
 from plumbing.fit import fit_micro_batch
-from plumbing.machine import choose_numerics, clip, finish, last_pass, leave, start, to_device
+from plumbing.machine import choose_numerics, clip, finish, last_pass, leave, own_memory, start, to_device
 
 # model
 depth = 12                     # layers; the one dial of model size: width is 64 x depth
@@ -81,9 +81,9 @@ if total_steps < 1:
     raise SystemExit(f"num_iterations={num_iterations}, target_param_data_ratio={target_param_data_ratio}: "
                      "no step to train")
 needed = budget.state_bytes(model_config) if machine.device.type == "cpu" else 4 * params["total"]
-if needed > machine.own_memory():
+if needed > own_memory():
     raise SystemExit(f"depth={depth}: {params['total']:,} parameters need {needed / 1e9:.0f} GB of memory, this "
-                     f"computer has {machine.own_memory() / 1e9:.0f} GB; lower depth (for the drivers: DEPTH)")
+                     f"computer has {own_memory() / 1e9:.0f} GB; lower depth (for the drivers: DEPTH)")
 token_seconds = choose_numerics(machine, dtype, meta and meta["machine"], checkpoint_dir,    # on a CPU by timing
                                 lambda: GPT(model_config), rows)
 

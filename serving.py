@@ -26,7 +26,7 @@ from engine import Batch, Reply, seed_of
 from plumbing import stop
 from plumbing.budget import num_params
 from plumbing.configurator import shown
-from plumbing.machine import start
+from plumbing.machine import is_out_of_memory, start
 from plumbing.web import Wrong
 
 KEPT = 2                     # models in memory at a time: the page asks two the same question
@@ -299,7 +299,7 @@ def wrong_of(error, job):
     if isinstance(error, ValueError):
         return Wrong(400, str(error), "messages" if job.chat else "prompt",
                      "context_length_exceeded" if isinstance(error, TooLong) else None)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return Wrong(503, "out of memory: another program may be using it, and fewer --slots= need less",
                      headers={"Retry-After": "30"})
     if isinstance(error, SystemExit):                          # of the loader: one line

@@ -31,7 +31,7 @@ from muon import build_optimizers, set_schedule
 from plumbing import budget
 from plumbing.common import ROOT, WORLD_SIZE
 from plumbing.configurator import configure
-from plumbing.machine import clip, start, to_device
+from plumbing.machine import clip, is_out_of_memory, start, to_device
 
 depth = 0                      # layers; 0 = 12 on a GPU, else 2
 max_seq_len = 0                # T, tokens in a row; 0 = 1,024 on a GPU, else 256
@@ -187,11 +187,6 @@ def work(variant, mode):
         if not is_out_of_memory(error):
             raise
         print(dumps(dict(failed="out of memory")), flush=True)
-
-
-def is_out_of_memory(error):
-    """Whether the device's memory ran out, or the computer's: torch has no class of its own for the latter."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 class Worker:

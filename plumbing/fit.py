@@ -12,7 +12,7 @@ import torch
 
 from plumbing.budget import MICRO_TOKENS, even_batch, largest_depth, micro_batch
 from plumbing.common import RANK, WORLD_SIZE, base_path, print0, read_json, write_json
-from plumbing.machine import over_ranks, smallest_over_ranks, sum_over_ranks
+from plumbing.machine import is_out_of_memory, over_ranks, smallest_over_ranks, sum_over_ranks
 
 FASTER = 1.02          # a larger micro-batch has to gain 2 %, or it only costs memory
 RESERVE = 0.05         # share of the memory that stays free while trying: fragments come later
@@ -128,7 +128,9 @@ def attempt(machine, model, optimizers, B):
                 buckets = buckets or [torch.empty_like(p) for p in model.parameters() if WORLD_SIZE > 1]
                 model(idx, idx).backward()                       # added to what the turn before left, as in a step
             except RuntimeError as error:
-                failed = no_memory(error)
+                if not is_out_of_memory(error):
+                    raise
+                failed = 1
             machine.synchronize()
             seconds = time.perf_counter() - clock
             [failures] = sum_over_ranks([failed], machine.device)
@@ -143,7 +145,9 @@ def attempt(machine, model, optimizers, B):
                 exchanging = False
         model.score(idx, idx)
     except RuntimeError as error:
-        failed = no_memory(error)
+        if not is_out_of_memory(error):
+            raise
+        failed = 1
         if exchanging:                                           # the others wait in Muon's step: they end with this rank
             raise SystemExit(f"rank {RANK}: no memory for the optimizers' step, at {B} rows; the same command goes on with half "
                              "of DEVICE_BATCH_SIZE or --device_batch_size") from None
@@ -159,10 +163,3 @@ def attempt(machine, model, optimizers, B):
             torch.cuda.empty_cache()                             # the next size needs other blocks
     failures, seconds = sum_over_ranks([failed, seconds], machine.device)
     return 0.0 if failures else B * T * WORLD_SIZE / (seconds / WORLD_SIZE)
-
-
-def no_memory(error):
-    """1 where an error says that the memory of a GPU does not suffice; any other is raised again."""
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) or "ALLOC_FAILED" in str(error):
-        return 1
-    raise error

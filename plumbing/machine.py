@@ -57,10 +57,6 @@ class Machine:
         import resource  # kilobytes, on macOS bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    def own_memory(self):
-        """Bytes of the computer's memory, in which every model is made before it goes to a device."""
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
     def describe(self):
         """What goes into a checkpoint's meta: a resumed run takes the same number format and threads."""
         return dict(name=self.name, device=self.device.type, dtype=self.dtype_name, threads=self.threads, cores=cores(),
@@ -102,6 +98,11 @@ def start(device="", dtype="", meta=None):
     machine = Machine(chosen, DTYPES[dtype], dtype, name, peak_flops(name), free_bytes)
     use_numerics(machine, asked, meta and meta.get("machine"))
     return machine
+
+
+def own_memory():
+    """Bytes of the computer's memory, in which every model is made before it goes to a device."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def free_memory():
@@ -248,6 +249,12 @@ def clip(model, loss, grad_clip):
     return loss, norm, asked > 0
 
 
+def is_out_of_memory(error):
+    """Whether the memory of the device ran out, or the computer's: torch has a class of its own for some cases alone."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(said in str(error) for said in words)
+
+
 def in_halves(function, items):
     """function(items), a list with a result for each of a list; where GPU memory runs out, in two halves, and so on."""
     try:
@@ -265,7 +272,8 @@ def in_one_line(kind, error, trace):
         print("out of GPU memory; does another program use this GPU (nvidia-smi)? If not, the same command goes on with "
               "half of DEVICE_BATCH_SIZE or --device_batch_size (the training stays the same), or with "
               "GRADIENT_CHECKPOINTING=1", file=sys.stderr)
-    elif WORLD_SIZE > 1 and (issubclass(kind, dist.DistError) or re.search("gloo|NCCL|peer|[Cc]onnection|[Tt]imed out", str(error))):
+    elif WORLD_SIZE > 1 and (issubclass(kind, dist.DistError)
+                             or re.search("gloo|NCCL|peer|[Cc]onnection|[Tt]imed out", str(error))):
         print(f"rank {RANK}: another rank has ended, or did nothing for {PATIENCE}; the same command goes on from the "
               f"last checkpoint ({str(error).splitlines()[0]:.100})", file=sys.stderr)
         sys.stdout.flush()
