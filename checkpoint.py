@@ -21,8 +21,8 @@ import torch
 
 from model import GPT, GPTConfig
 from plumbing.budget import KEEP, checkpoint_bytes
-from plumbing.common import (RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, fingerprint, print0,
-                             read_json, sync, write_json)
+from plumbing.common import (RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, fingerprint, names_in,
+                             print0, read_json, sync, write_json)
 from plumbing.machine import PATIENCE, barrier, free_memory
 from tokenizer import load_tokenizer
 
@@ -162,8 +162,7 @@ def path_of(folder, kind, step, rank=RANK):
 
 def steps_in(folder):
     """Steps with a complete checkpoint, ascending."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"meta_(\d{6,})\.json", name)))
+    return sorted(int(m[1]) for name in names_in(folder) if (m := re.fullmatch(r"meta_(\d{6,})\.json", name)))
 
 
 def remove_leftovers(folder):
@@ -206,11 +205,14 @@ def whole_checkpoint(folder, step=0, to_train=False):
         if to_train and RANK == 0:
             rename_damaged(folder, number)
     else:                                                        # no break: there are none, or none is whole
-        if bad:
-            raise SystemExit(f"{', '.join(bad)}: missing or damaged, not what was saved; " + (
-                "take another step" if step else "there is no checkpoint before, and the same command trains from the "
-                "beginning" if to_train else "there is no other checkpoint, and what trained it has to do so again"))
-        return {}
+        if not bad:
+            return {}
+        remedy = "there is no other checkpoint, and what trained it has to do so again"
+        if to_train:
+            remedy = "there is no checkpoint before, and the same command trains from the beginning"
+        if step:
+            remedy = "take another step"
+        raise SystemExit(f"{', '.join(bad)}: missing or damaged, not what was saved; {remedy}")
     if bad and RANK == 0:
         print(f"({', '.join(bad)}: missing or damaged, not what was saved; taken instead: step {meta['step']})",
               file=sys.stderr, flush=True)
@@ -326,15 +328,15 @@ def load_weights(folder, model, meta):
 
 def load_optimizers(folder, optimizers, meta):
     """Continue the optimizers; saved by another number of ranks, Muon's state is shared out anew."""
-    count = meta["world_size"]
-    saved = [read_tensors(folder, meta, "optim", r) for r in ([RANK] if count == WORLD_SIZE else range(count))]
-    adamw, muon = optimizers
-    adamw.load_state_dict(saved[0][0])
+    (adamw, muon), count = optimizers, meta["world_size"]
     if count == WORLD_SIZE:
-        muon.load_state_dict(saved[0][1])
+        adamw_state, muon_state = read_tensors(folder, meta, "optim", RANK)
     else:
         print0(f"the run was saved by {count} processes and continues on {WORLD_SIZE}: right, but not bit for bit")
-        muon.load_state_dict(muon.take_share([s[1] for s in saved]))
+        saved = [read_tensors(folder, meta, "optim", rank) for rank in range(count)]
+        adamw_state, muon_state = saved[0][0], muon.take_share([state for _, state in saved])
+    adamw.load_state_dict(adamw_state)
+    muon.load_state_dict(muon_state)
 
 
 def stage_folder(stage, model_tag):
@@ -349,7 +351,7 @@ def stage_folder(stage, model_tag):
 def tags_of(stage):
     """The tags of a stage that have a checkpoint, in order."""
     parent = os.path.dirname(stage_folder(stage, "any"))
-    return sorted(t for t in (os.listdir(parent) if os.path.isdir(parent) else []) if steps_in(os.path.join(parent, t)))
+    return sorted(tag for tag in names_in(parent) if steps_in(os.path.join(parent, tag)))
 
 
 def find_checkpoint(stage, model_tag="", step=0, flag="--model_tag"):

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from plumbing.background import start_background
-from plumbing.common import (RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, fingerprint, read_json,
-                             write_json)
+from plumbing.common import (RANK, TASK_CODE, WORLD_SIZE, atomic_write, base_path, code_hash, fingerprint, names_in,
+                             read_json, write_json)
 from plumbing.download import problem_with_parquet
 
 VAL_SHARD = 1822       # the last one of the set, never trained on
@@ -69,8 +69,7 @@ def train_shards(num_shards):
                 wait_for_shard(path, replaced=True)
         return [os.path.basename(shard_path(i)) for i in range(num_shards)]
     folder = base_path("base_data")
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    names = [name for name in names if re.fullmatch(r"shard_\d{5}\.parquet", name)
+    names = [name for name in sorted(names_in(folder)) if re.fullmatch(r"shard_\d{5}\.parquet", name)
              and name != os.path.basename(shard_path(VAL_SHARD))]
     if not names:
         raise SystemExit(f"{folder}: no training shards here; run: python prepare.py -n 8 "
@@ -232,7 +231,7 @@ def wait_for_shard(path, replaced=False):
     while not os.path.exists(path) or (replaced and is_to_be_replaced(path)):
         state = "the embedded corpus or a damaged file" if replaced else "not here"
         before, seen = seen, {}                                      # by change: their clock may be another machine's
-        for other in os.listdir(folder) if os.path.isdir(folder) else []:
+        for other in names_in(folder):
             if other.endswith((".part", ".parquet")):
                 with contextlib.suppress(FileNotFoundError):         # renamed in this moment
                     seen[other] = os.path.getmtime(os.path.join(folder, other))

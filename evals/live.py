@@ -9,7 +9,7 @@ import re
 import zlib
 
 from checkpoint import FOLDERS, read_meta
-from plumbing.common import Ema, base_path, log_row
+from plumbing.common import Ema, base_path, log_row, names_in
 from plumbing.stop import is_at_work
 
 MOST_ROWS = 5000               # in an answer; who wants more asks again
@@ -20,7 +20,7 @@ def runs():
     """What is trained or was trained: a list of dicts, the one that has logged last first."""
     found = []
     for stage, parent in FOLDERS.items():
-        for tag in os.listdir(base_path(parent)) if os.path.isdir(base_path(parent)) else []:
+        for tag in names_in(base_path(parent)):
             folder, path = base_path(parent, tag), base_path(parent, tag, "log.jsonl")
             with contextlib.suppress(OSError):                 # no folder of a run, or just moved away
                 found.append(dict(id=f"{stage}/{tag}", stage=stage, tag=tag, running=is_at_work(folder),

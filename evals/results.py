@@ -7,7 +7,7 @@ import os
 
 from checkpoint import FOLDERS, path_of, sha_of, sources, stage_folder, steps_in, tags_of
 from evals.curves import series
-from plumbing.common import base_path, read_json, read_log
+from plumbing.common import base_path, names_in, read_json, read_log
 
 TITLES = dict(base="Pretraining", mid="Mid-training", sft="Fine-tuning", rl="Reinforcement learning")
 
@@ -74,7 +74,7 @@ def read_stage(stage, tag, remarks):
 def find_tag(model_tag):
     """The model asked for, or the only one that any stage has worked on; SystemExit if there are several or none."""
     parents = [base_path(name) for name in FOLDERS.values()]
-    found = {tag for parent in parents if os.path.isdir(parent) for tag in os.listdir(parent)
+    found = {tag for parent in parents for tag in names_in(parent)
              if steps_in(os.path.join(parent, tag)) or os.path.exists(os.path.join(parent, tag, "log.jsonl"))}
     names = ", ".join(sorted(found)) or "none"
     if model_tag and model_tag not in found:

@@ -61,6 +61,11 @@ def base_path(*parts):
     return os.path.join(BASE_DIR, *parts)
 
 
+def names_in(folder):
+    """The names in a folder; none where there is no such folder."""
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
 def print0(*args):
     """print, on the first rank only."""
     if RANK == 0:

@@ -20,7 +20,7 @@ import sys
 import traceback
 from types import ModuleType
 
-from plumbing.common import print0
+from plumbing.common import names_in, print0
 
 SHORT = {                    # short forms people type, each followed by its value: -n 8
     "-p": "prompt",          # what to ask
@@ -136,7 +136,7 @@ def read_file(path, knobs):
         if equals and name.replace("-", "_") in knobs:
             raise SystemExit(f"{path}: write --{path}")
         folder = os.path.dirname(path) or "config"
-        files = sorted(f for f in os.listdir(folder) if f.endswith(".py")) if os.path.isdir(folder) else []
+        files = sorted(name for name in names_in(folder) if name.endswith(".py"))
         raise SystemExit(f"{path}: neither --knob=value nor the path of a config file"
                          + (f"; {folder}/ has {', '.join(files)}" if files else ""))
     names = dict(knobs)
