@@ -107,8 +107,8 @@ def stage_rows(run):
     reached = max([meta.get("step", 0), *(step + 1 for step in series(log, learned)[0][-1:])])
     total = meta.get("num_iterations")
     saved = f"checkpoint of step {meta['step']:,}" if meta else "no checkpoint yet"
-    yield "steps", (f"{reached:,} of {total:,}" if total else f"{reached:,}") + \
-        ("" if total and is_finished(meta) else f", not finished; {saved}")
+    steps = f"{reached:,} of {total:,}" if total else f"{reached:,}"
+    yield "steps", steps if total and is_finished(meta) else f"{steps}, not finished; {saved}"
     rows, conversations = meta.get("rows", 0), meta.get("conversations")
     if "shards" in meta:
         yield "data", f"{plural(len(meta['shards']), 'shard')} of text, {rows:,} rows per step"
@@ -125,8 +125,10 @@ def stage_rows(run):
     yield "training time", duration(run["seconds"])
     speed, mfu = series(log, "tokens_per_second")[1], series(log, "mfu")[1]
     yield "tokens per second, median", f"{statistics.median(speed):,.0f}" if speed else ""
-    yield "MFU, median", (f"{100 * statistics.median(mfu):.1f} %" if mfu else "" if run["stage"] == "rl" else
-                          "not known: no peak for this machine in plumbing/budget.py" if speed else "")
+    if mfu:
+        yield "MFU, median", f"{100 * statistics.median(mfu):.1f} %"
+    elif speed and run["stage"] != "rl":
+        yield "MFU, median", "not known: no peak for this machine in plumbing/budget.py"
     memory, B = meta.get("peak_memory"), meta.get("device_batch_size", "?")
     yield "memory, peak", f"{memory / 1e9:.1f} GB, micro-batches of {B} rows" if memory else ""
     losses, text = series(log, "loss")[1], run["text"]

@@ -133,8 +133,9 @@ for depth in map(int, depths.split(",")):
                     timed[name] += seconds
             same = machine.dtype_name != "float32" or all(tokens[name] == tokens["ours"] for name in ways)
             speed = {name: B / statistics.median(times) for name, times in timed.items()}
-            print(f"d{depth:<7}{B:6}{context:9,}" + "".join(f"{speed[name]:12,.0f}" for name in ways) + "".join(
-                f"{speed['ours'] / speed[name]:{10 + len(name)}.2f}" for name in list(ways)[1:]) + ("" if same else "  other tokens"))
+            ratios = "".join(f"{speed['ours'] / speed[name]:{10 + len(name)}.2f}" for name in list(ways)[1:])
+            print(f"d{depth:<7}{B:6}{context:9,}" + "".join(f"{speed[name]:12,.0f}" for name in ways) + ratios
+                  + ("" if same else "  other tokens"))
     context = model.config.sequence_len
     requests = [([i] * (context // 16 * (i + 1)), context // 4 - i * context // 64) for i in range(8)]
     total, slots, alone = sum(count for _, count in requests), [], []

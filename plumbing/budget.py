@@ -96,7 +96,8 @@ def micro_batch(rows, world_size, asked, free_bytes, config, compute_bytes, grad
     smaller GPU changes the speed and never the training. A GPU then tries it (fit.py).
     """
     if rows < world_size:
-        raise SystemExit(f"{rows} rows per step for {world_size} processes: each needs one; lower NPROC or raise total_batch_size")
+        raise SystemExit(f"{rows} rows per step for {world_size} processes: each needs one; lower NPROC or raise "
+                         "total_batch_size")
     room = free_bytes - state_bytes(config)
     fitting = min(room // row_bytes(config, compute_bytes, gradient_checkpointing), MICRO_TOKENS // config.sequence_len)
     return even_batch(-(-rows // world_size), max(1, asked or int(fitting)))

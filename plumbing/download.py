@@ -236,8 +236,8 @@ def receive(response, f):
         f.flush()
         if f.tell() > LARGEST:
             f.truncate(0)
-            raise SystemExit(f"{response.url}: over {LARGEST / 1e9:.0f} GB came and no end of it; check HF_ENDPOINT, NANOCHAT_MIRROR, "
-                             "or what is in between")
+            raise SystemExit(f"{response.url}: over {LARGEST / 1e9:.0f} GB came and no end of it; check HF_ENDPOINT, "
+                             "NANOCHAT_MIRROR, or what is in between")
         if f.tell() >= had + LEAST:
             since, had = time.monotonic(), f.tell()
         elif time.monotonic() > since + WINDOW:
