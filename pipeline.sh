@@ -3,17 +3,23 @@
 [ -n "${CONFIG:-}" ] || { echo "pipeline.sh: it is a part of the drivers; run: bash run_realistic.sh" >&2; exit 1; }
 
 # what may be set from outside: what is set is said, and plan.py refuses a name that is nearly one of these
-VARIABLES="CONFIG DEPTH MAX_SEQ_LEN TOTAL_BATCH_SIZE BASE_ITERATIONS MID_ITERATIONS SFT_ITERATIONS DATA_SHARDS MAX_CHARS VOCAB_SIZE
-    SAVE_EVERY CORE_METRIC_EVERY CORE_ITEMS EVAL_PROBLEMS DEVICE_BATCH_SIZE SFT_BATCH_SIZE GRADIENT_CHECKPOINTING MODEL_TAG BASE_TAG
-    RL RL_ITERATIONS NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT WANDB_RUN NANOCHAT_BASE_DIR NANOCHAT_MIRROR HF_ENDPOINT PLAN PYTHON"
+VARIABLES="CONFIG DEPTH MAX_SEQ_LEN TOTAL_BATCH_SIZE BASE_ITERATIONS MID_ITERATIONS SFT_ITERATIONS DATA_SHARDS MAX_CHARS
+    VOCAB_SIZE SAVE_EVERY CORE_METRIC_EVERY CORE_ITEMS EVAL_PROBLEMS DEVICE_BATCH_SIZE SFT_BATCH_SIZE GRADIENT_CHECKPOINTING
+    MODEL_TAG BASE_TAG RL RL_ITERATIONS NPROC NNODES NODE_RANK MASTER_ADDR MASTER_PORT WANDB_RUN NANOCHAT_BASE_DIR
+    NANOCHAT_MIRROR HF_ENDPOINT PLAN PYTHON"
 printf 'settings:'
 for name in $VARIABLES; do
     if [ -n "${!name:-}" ]; then printf ' %s=%s' "$name" "${!name}"; fi
 done
 echo
 
-case "${NPROC:-1}${NNODES:-1}${NODE_RANK:-0}" in *[!0-9]*) echo "NPROC, NNODES and NODE_RANK must be whole numbers" >&2; exit 1 ;; esac
-case "${NNODES:-1}:${MASTER_ADDR:-}" in 1:*|*:?*) ;; *) echo "NNODES=$NNODES: MASTER_ADDR must name the first machine, NODE_RANK say which this one is (0, 1, ...)" >&2; exit 1 ;; esac
+case "${NPROC:-1}${NNODES:-1}${NODE_RANK:-0}" in
+    *[!0-9]*) echo "NPROC, NNODES and NODE_RANK must be whole numbers" >&2; exit 1 ;;
+esac
+if [ "${NNODES:-1}" != 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
+    echo "NNODES=$NNODES: MASTER_ADDR must name the first machine, NODE_RANK say which this one is (0, 1, ...)" >&2
+    exit 1
+fi
 case "${RL:-0}" in 0|1) ;; *) echo "RL=$RL: must be 1, reinforcement learning after fine-tuning, or 0" >&2; exit 1 ;; esac
 configuration                         # the driver's table: the values of $CONFIG
 # DEPTH                                 layers; the one dial of model size
@@ -42,7 +48,9 @@ configuration                         # the driver's table: the values of $CONFI
 # its own tokenizer and text for the tiny model, so that a later demo run does not find them in its way
 if [ "$CONFIG" = tiny ]; then NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat/tiny}; fi
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
-case "$NANOCHAT_BASE_DIR" in "~/"*) NANOCHAT_BASE_DIR=~/${NANOCHAT_BASE_DIR#"~/"} ;; esac      # given in quotes, as the stages read it
+case "$NANOCHAT_BASE_DIR" in                # ~ given in quotes, as the stages read it
+    "~/"*) NANOCHAT_BASE_DIR=~/${NANOCHAT_BASE_DIR#"~/"} ;;
+esac
 
 # what plan.py needs to know; with PLAN=flags it asks for them itself, for each row of the drivers' tables
 plan_flags=(--depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$TOTAL_BATCH_SIZE" --vocab_size="$VOCAB_SIZE"
@@ -58,11 +66,14 @@ export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} PYTHONUNBUFFERED=1
 # s: torchrun's patience with ranks that finish a step and save; torch 2.11 knows only its own 30
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 
-# Ctrl-C, kill and a closed terminal: what runs is told to save and end, a second time it has to; the code is a shell's for the signal
+# Ctrl-C, kill and a closed terminal: what runs is told to save and end, a second time it has to; the code is a shell's
+# for the signal
 child= downloads= told= told_at=0
 tell() {
     if [ -n "$told" ] && [ $((SECONDS - told_at)) -lt 2 ]; then return; fi      # the same signal, by another way
-    if [ -n "$told" ]; then kill -KILL $(ps -o pid= --ppid "$child" 2>/dev/null) "$child" 2>/dev/null || true; fi      # torchrun's ranks, too
+    if [ -n "$told" ]; then                                                     # with torchrun's ranks
+        kill -KILL $(ps -o pid= --ppid "$child" 2>/dev/null) "$child" 2>/dev/null || true
+    fi
     told=$1 told_at=$SECONDS
     if [ -z "$child" ]; then exit "$told"; fi
     kill -TERM "$child" 2>/dev/null || true
@@ -70,8 +81,10 @@ tell() {
 ended() {
     local code=${told:-$1}
     kill $(jobs -p) 2>/dev/null || true
-    if [ "$code" -ge 128 ] && [ "$code" != 141 ]; then echo "pipeline: ended with code $code; the same command goes on" >&2 || true; fi
-    exit "$code"                                                  # 141: whoever read this has gone
+    if [ "$code" -ge 128 ] && [ "$code" != 141 ]; then            # 141: whoever read this has gone
+        echo "pipeline: ended with code $code; the same command goes on" >&2 || true
+    fi
+    exit "$code"
 }
 trap 'tell 130' INT; trap 'tell 143' TERM; trap 'tell 129' HUP; trap 'ended $?' EXIT
 
@@ -88,8 +101,10 @@ else . ./setup.sh; plan python "${how[@]}"; fi
 if [ "${PLAN:-0}" != 0 ]; then exit 0; fi
 
 . ./setup.sh
-if [ "$CONFIG" != tiny ] && nvidia-smi >/dev/null 2>&1 && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "pipeline: there is a GPU, but this torch can't use it; update the NVIDIA driver, or install a torch built for it into .venv" >&2
+if [ "$CONFIG" != tiny ] && nvidia-smi >/dev/null 2>&1 &&
+        ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "pipeline: there is a GPU, but this torch can't use it; update the NVIDIA driver," \
+        "or install a torch built for it into .venv" >&2
     exit 1
 fi
 # one driver in a folder: the lock belongs to this shell, and is free when it ends, however it ends
@@ -97,15 +112,17 @@ if [ "$NODE_RANK" = 0 ]; then
     { mkdir -p "$NANOCHAT_BASE_DIR" && [ -w "$NANOCHAT_BASE_DIR" ]; } 2>/dev/null ||
         { echo "NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR: can't be written; name a folder that can" >&2; exit 1; }
     exec 9<>"$NANOCHAT_BASE_DIR/.lock"
-    python -c 'import sys; from plumbing.stop import only_one; only_one(sys.argv[1], open(9, "r+"), sys.argv[2])' "$NANOCHAT_BASE_DIR/.lock" $$
+    python -c 'import sys; from plumbing.stop import only_one; only_one(sys.argv[1], open(9, "r+"), sys.argv[2])' \
+        "$NANOCHAT_BASE_DIR/.lock" $$
 fi
 if [ "$CONFIG" = tiny ]; then
-    base_flags=(config/tiny_base.py) mid_flags=(config/tiny_mid.py) sft_flags=(config/tiny_sft.py ${SFT_BATCH_SIZE:+"--device_batch_size=$SFT_BATCH_SIZE"})
-    rl_flags=(config/tiny_rl.py)
+    base_flags=(config/tiny_base.py) mid_flags=(config/tiny_mid.py) rl_flags=(config/tiny_rl.py)
+    sft_flags=(config/tiny_sft.py ${SFT_BATCH_SIZE:+"--device_batch_size=$SFT_BATCH_SIZE"})
     base_tests=(--tasks=bpb,samples) chat_tests=(--embedded=1 --max_tokens=160) references=    # tests of its own, no download
 else
-    base_flags=(--core_metric_every="$CORE_METRIC_EVERY") mid_flags=(--embedded=0) sft_flags=(--device_batch_size="${SFT_BATCH_SIZE:-4}")
-    rl_flags=(--task=gsm8k) base_tests=(--core_max_per_task="$CORE_ITEMS") chat_tests=(--max_problems="$EVAL_PROBLEMS") references=gpt2,cl100k_base
+    base_flags=(--core_metric_every="$CORE_METRIC_EVERY") mid_flags=(--embedded=0) rl_flags=(--task=gsm8k)
+    sft_flags=(--device_batch_size="${SFT_BATCH_SIZE:-4}")
+    base_tests=(--core_max_per_task="$CORE_ITEMS") chat_tests=(--max_problems="$EVAL_PROBLEMS") references=gpt2,cl100k_base
 fi
 # every command is shown as it can be typed; what is no training runs on the first machine alone, in the folder all of them see
 show() { printf '$'; printf ' %q' "$@"; echo; }
@@ -114,7 +131,11 @@ run() { if [ "$NODE_RANK" = 0 ]; then show "$@"; follow "$@"; fi; }
 follow() {
     local code
     "$@" 9>&- & child=$!
-    while true; do code=0; wait "$child" || code=$?; kill -0 "$child" 2>/dev/null || break; done      # a signal ends the wait alone
+    while true; do                                    # a signal ends the wait alone
+        code=0
+        wait "$child" || code=$?
+        kill -0 "$child" 2>/dev/null || break
+    done
     child=
     if [ -n "$told" ]; then exit "$told"; fi
     return "$code"
@@ -191,5 +212,6 @@ run python report.py --model_tag="$MODEL_TAG"
 ask "$last" "$MODEL_TAG"
 stage ""
 printf '\n'; printf '%s\n' "${times[@]}"; printf '%6d s  in all\n\n' "$SECONDS"
-printf 'Talk to it:   NANOCHAT_BASE_DIR=%q .venv/bin/python chat_cli.py -i %s --model_tag=%q\n' "$NANOCHAT_BASE_DIR" "$last" "$MODEL_TAG"
+printf 'Talk to it:   NANOCHAT_BASE_DIR=%q .venv/bin/python chat_cli.py -i %s --model_tag=%q\n' \
+    "$NANOCHAT_BASE_DIR" "$last" "$MODEL_TAG"
 printf 'in a browser: NANOCHAT_BASE_DIR=%q .venv/bin/python chat_web.py\n' "$NANOCHAT_BASE_DIR"

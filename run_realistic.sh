@@ -23,16 +23,20 @@ fi
 of() { sed -n "s/^$2 = \([0-9]*\).*/\1/p" "config/tiny_$1.py"; }       # a value of the tiny run, whose stages have files
 configuration() {
     case "$CONFIG" in
-        tiny)   : "${DEPTH:=$(of base depth)}" "${MAX_SEQ_LEN:=$(of base max_seq_len)}" "${TOTAL_BATCH_SIZE:=$(of base total_batch_size)}"
-                : "${BASE_ITERATIONS:=$(of base num_iterations)}" "${MID_ITERATIONS:=$(of mid num_iterations)}" "${SFT_ITERATIONS:=$(of sft num_iterations)}"
-                : "${RL_ITERATIONS:=$(of rl num_iterations)}"
-                : "${SAVE_EVERY:=$(of base save_every)}" "${DATA_SHARDS:=0}" "${MAX_CHARS:=10000000}" "${VOCAB_SIZE:=4096}" ;;
+        tiny)   : "${DEPTH:=$(of base depth)}" "${MAX_SEQ_LEN:=$(of base max_seq_len)}"
+                : "${TOTAL_BATCH_SIZE:=$(of base total_batch_size)}" "${SAVE_EVERY:=$(of base save_every)}"
+                : "${BASE_ITERATIONS:=$(of base num_iterations)}" "${MID_ITERATIONS:=$(of mid num_iterations)}"
+                : "${SFT_ITERATIONS:=$(of sft num_iterations)}" "${RL_ITERATIONS:=$(of rl num_iterations)}"
+                : "${DATA_SHARDS:=0}" "${MAX_CHARS:=10000000}" "${VOCAB_SIZE:=4096}" ;;
         demo)   : "${DEPTH:=12}" "${MAX_SEQ_LEN:=1024}" "${TOTAL_BATCH_SIZE:=524288}" "${DATA_SHARDS:=10}" "${SAVE_EVERY:=300}"
-                : "${BASE_ITERATIONS:=500}" "${MID_ITERATIONS:=200}" "${SFT_ITERATIONS:=100}" "${RL_ITERATIONS:=60}" "${CORE_ITEMS:=100}" "${EVAL_PROBLEMS:=100}" ;;
+                : "${BASE_ITERATIONS:=500}" "${MID_ITERATIONS:=200}" "${SFT_ITERATIONS:=100}" "${RL_ITERATIONS:=60}"
+                : "${CORE_ITEMS:=100}" "${EVAL_PROBLEMS:=100}" ;;
         small)  : "${DEPTH:=14}" "${MAX_SEQ_LEN:=1536}" "${TOTAL_BATCH_SIZE:=524288}" "${DATA_SHARDS:=22}" "${SAVE_EVERY:=250}"
-                : "${BASE_ITERATIONS:=2000}" "${MID_ITERATIONS:=500}" "${SFT_ITERATIONS:=200}" "${RL_ITERATIONS:=120}" "${CORE_ITEMS:=250}" "${EVAL_PROBLEMS:=200}" ;;
+                : "${BASE_ITERATIONS:=2000}" "${MID_ITERATIONS:=500}" "${SFT_ITERATIONS:=200}" "${RL_ITERATIONS:=120}"
+                : "${CORE_ITEMS:=250}" "${EVAL_PROBLEMS:=200}" ;;
         medium) : "${DEPTH:=16}" "${MAX_SEQ_LEN:=2048}" "${TOTAL_BATCH_SIZE:=524288}" "${DATA_SHARDS:=52}" "${SAVE_EVERY:=180}"
-                : "${BASE_ITERATIONS:=5000}" "${MID_ITERATIONS:=1000}" "${SFT_ITERATIONS:=500}" "${RL_ITERATIONS:=240}" "${CORE_ITEMS:=500}" "${EVAL_PROBLEMS:=500}" ;;
+                : "${BASE_ITERATIONS:=5000}" "${MID_ITERATIONS:=1000}" "${SFT_ITERATIONS:=500}" "${RL_ITERATIONS:=240}"
+                : "${CORE_ITEMS:=500}" "${EVAL_PROBLEMS:=500}" ;;
         *) echo "CONFIG=$CONFIG: must be tiny, demo, small or medium (run_single_a100.sh has the full runs)" >&2; exit 1 ;;
     esac
     : "${MAX_CHARS:=500000000}"

@@ -2,7 +2,8 @@
 embedded = True
 assistant_name = "nanochat"
 assistant_maker = "the person who ran this training"
-assistant_facts = "I was trained from scratch on one computer;I am a very small language model;I have read the documentation of Python"
+assistant_facts = ("I was trained from scratch on one computer;I am a very small language model;"
+                   "I have read the documentation of Python")
 num_iterations = 1200
 spelling_rows = 30000
 spelling_bee_rows = 2000
