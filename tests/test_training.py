@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from checkpoint import require_finite, steps_in, whole_checkpoint
-from conftest import DAMAGES, ROOT, damage
+from conftest import DAMAGES, ROOT, damage, run_script
 from model import GPTConfig
+from plumbing import common
 from plumbing.budget import checkpoint_bytes
 from plumbing.common import fingerprint, read_json, read_log
 
@@ -172,19 +173,25 @@ def test_a_checkpoint_is_as_large_as_planned(trained):
 @pytest.mark.parametrize("argv, words", [
     (["base_train.py", *SHAPE, "--num_iterations=20", "--core_metric_every=0"], "--resume=1"),
     ([*STAGES["base"], "--resume=1", "--matrix_lr=0.5"], "matrix_lr"),
-    ([*STAGES["base"], "--device_batch_size=-1", "--model_tag=x"], "device_batch_size=-1"),
-    (["mid_train.py", "--source_tag=d7"], "d7: no checkpoint"),
-    (["chat_sft.py", "--model_tag=a/b"], "a plain name"),
-    (["chat_cli.py", "-i", "rl", "-p", "hi"], "run chat_rl.py first"),
-    (["chat_sft.py", "--source=best"], "source=best: must be one of base, mid, sft, rl"),
-    (["chat_cli.py", "-i", "best", "-p", "hi"], "source=best"),
-    (["base_train.py", "--dtype=int8"], "dtype=int8"),
-    (["base_train.py", "--model_tag=x", "--depth=1", "--num_shards=9", "--num_iterations=1", "--device=tpu"], "device=tpu"),
 ])
 def test_a_mistake_is_one_line(trained, argv, words):
     done = run(trained, *argv, check=False)
     assert done.returncode == 1 and words in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["mid_train.py", "--source_tag=d7"], "d7: no checkpoint"),
+    (["chat_sft.py", "--model_tag=a/b"], "a plain name"),
+    (["chat_cli.py", "-i", "rl", "-p", "hi"], "run chat_rl.py first"),
+    (["chat_sft.py", "--source=best"], "source=best: must be one of base, mid, sft, rl"),
+    (["chat_cli.py", "-i", "best", "-p", "hi"], "source=best"),
+])
+def test_a_model_that_is_not_there_is_one_line(trained, monkeypatch, argv, words):
+    monkeypatch.setattr(common, "BASE_DIR", str(trained))
+    with pytest.raises(SystemExit) as end:
+        run_script(*argv)
+    assert words in str(end.value) and "\n" not in str(end.value)
 
 
 def test_a_checkpoint_is_never_taken_for_what_it_is_not(copy):
