@@ -96,8 +96,8 @@ def measure(shape, batch, sft_batch, data, gradient_checkpointing):
     memory, model.compiled_parts = machine.peak_memory(), None               # fine-tuning and answers are not compiled
     sft_B, row = min(sft_rows, sft_B or sft_rows), min(data["sft_row"], T)
     speed["sft"] = step_speed(sft_rows, sft_B, row, data["sft_scored"])
-    answers = lambda: batches(machine, sft_B, sft_B, row, V, data["sft_scored"])     # noqa: E731
-    speed["score_sft"] = sft_B * row * flops / 3 / timed(machine, score, model, answers)
+    speed["score_sft"] = sft_B * row * flops / 3 / timed(
+        machine, score, model, lambda: batches(machine, sft_B, sft_B, row, V, data["sft_scored"]))
     speed["answer"] = timed(machine, answer, in_compute_dtype(model), min(32, T)) / min(32, T) / config.n_layer
     clock = time.perf_counter()
     subprocess.run([sys.executable, "chat_sft.py", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)

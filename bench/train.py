@@ -80,14 +80,15 @@ class Variant:
 
     def __init__(self, variant, mode, config):
         torch.manual_seed(seed)                                  # the same first weights for every variant
-        compiled, compiler = mode == "compiled", functools.partial(torch.compile, dynamic=False)
+        compiled = mode == "compiled"
         if variant == "ours":
             self.model, self.clip = GPT(config, machine.dtype).to(machine.device), clip
             self.optimizers = build_optimizers(self.model, **RATES)
-            compiler = getattr(textbook, "compiled", compiler)   # each of its parts
+            compiler = textbook.compiled                         # each of its parts
         else:
             self.model, self.clip = reference.PlainGPT(config, machine.dtype).to(machine.device), reference.clip
             self.optimizers = reference.build_optimizers(self.model, **RATES, compiled=compiled)
+            compiler = functools.partial(torch.compile, dynamic=False)
         self.forward = compiler(self.model) if compiled else self.model
         rng = np.random.default_rng(seed)
         batches = [rng.integers(config.vocab_size, size=(step_rows, config.sequence_len + 1)) for _ in range(4)]
