@@ -384,8 +384,9 @@ class Engine:
         if not 0 < min(lengths) <= max(lengths) < context:
             raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens; the model takes "
                              f"1 to {context - 1}, so that an answer fits into its context")
-        return [Reply(self.tokenizer, list(prompt), max_tokens, temperature, top_k, seed=seed_of(seed, i))
-                for i, prompt in enumerate(prompts)], min(context, max(lengths) + max_tokens)
+        replies = [Reply(self.tokenizer, list(prompt), max_tokens, temperature, top_k, seed=seed_of(seed, i))
+                   for i, prompt in enumerate(prompts)]
+        return replies, min(context, max(lengths) + max_tokens)
 
     def generate(self, prompts, max_tokens=256, temperature=1.0, top_k=0, seed=0):
         """

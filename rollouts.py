@@ -60,22 +60,21 @@ class Rollouts:
 
         Each has random numbers of its own: it does not depend, but for rounding, on what is drawn beside it.
         """
-        try:
-            groups = self.write(problems, seeds, self.slots)
-        except torch.OutOfMemoryError:
-            if self.slots == 1:
-                raise
-            groups = []
-        if not groups:                                           # the same answers, fewer at a time, from now on
-            self.slots //= 2
-            return self(problems, seeds)
+        groups = None
+        while groups is None:
+            try:
+                groups = self.write(problems, seeds)
+            except torch.OutOfMemoryError:
+                if self.slots == 1:
+                    raise
+                self.slots //= 2                                 # the same answers, fewer at a time, from now on
         for problem, group in zip(problems, groups):
             for answer in group:
                 answer.reward = float(self.reward(problem, text_of(self.tokenizer, answer.ids)))
         return groups
 
-    def write(self, problems, seeds, slots):
-        """The answers, not graded yet, written `slots` at a time."""
+    def write(self, problems, seeds):
+        """The answers, not graded yet."""
         context, answers = self.model.config.sequence_len, {}    # reply -> its answer
         room = context - min(self.max_new_tokens, context // 2)  # at least half the context for the question
         for problem, own_seeds in zip(problems, seeds):
@@ -84,7 +83,7 @@ class Rollouts:
                 reply = Reply(self.tokenizer, prompt, self.max_new_tokens, self.temperature, self.top_k, seed=seed)
                 answers[reply] = Answer(prompt)
         longest = max(len(reply.prompt) for reply in answers) + self.max_new_tokens
-        batch = Batch(self.model, min(slots, len(answers)), min(context, longest))
+        batch = Batch(self.model, min(self.slots, len(answers)), min(context, longest))
         for reply in answers:
             batch.add(reply)
         while any(reply.left for reply in answers):
