@@ -321,10 +321,15 @@ def found(stage, tag, what, read):
 listener = listen(host, port)
 there = models(source, model_tag)
 default = [info["id"] for info in there if info["default"]]
-wanted = "/".join(filter(None, (source, model_tag))) or "model"
-print(f"{default[0] if default else f'no {wanted} yet, but its training can be watched'}"
-      f"{'' if default or not there else '; there are ' + ', '.join(info['id'] for info in there)}: open "
-      f"http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends)", flush=True)
+if default:
+    answering = default[0]
+else:
+    wanted = "/".join(filter(None, (source, model_tag))) or "model"
+    answering = f"no {wanted} yet, but its training can be watched"
+    if there:
+        answering += f"; there are {', '.join(info['id'] for info in there)}"
+address = f"[{host}]" if ":" in host else host
+print(f"{answering}: open http://{address}:{port} (Ctrl-C ends)", flush=True)
 gc.freeze()                    # the packages are no garbage: to look through them would stop everybody for a quarter of a second
 stop.finish_steps("the replies that are being written")
 asyncio.run(serve(Guard(app, host, api_key, cors), listener, writer))
