@@ -294,10 +294,12 @@ def checkpoint_to_resume(stage, folder, config, resume, source=None):
 
 def set_aside(folder, meta):
     """The shell command that moves a model and all that were trained from it out of the way."""
-    others = [stage_folder(stage, tag) for stage in FOLDERS for tag in tags_of(stage)]
-    moves = []
     own = meta.get("stage"), sha_of(meta)            # the stage as well: one that had nothing to learn has its source's weights
-    for old in [folder, *(other for other in others if own in [(s["stage"], s["sha256"]) for s in sources(read_meta(other))])]:
+    others = [stage_folder(stage, tag) for stage in FOLDERS for tag in tags_of(stage)]
+    later = [other for other in others
+             if own in [(source["stage"], source["sha256"]) for source in sources(read_meta(other))]]
+    moves = []
+    for old in [folder, *later]:
         new = f"{old}.old"
         while os.path.exists(new):
             new += "er"

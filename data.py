@@ -227,9 +227,11 @@ def wait_for_shard(path, replaced=False):
     replaced: not the file that is_to_be_replaced, but the one that comes after it
     """
     name, folder = os.path.basename(path), os.path.dirname(path)
+    state, remedy = "not here", "fetch it with python prepare.py -n N, then resume"
+    if replaced:
+        state, remedy = "the embedded corpus or a damaged file", f"{remedy}, or take what is here: --num_shards=0"
     alive, seen, said = time.monotonic(), {}, False
     while not os.path.exists(path) or (replaced and is_to_be_replaced(path)):
-        state = "the embedded corpus or a damaged file" if replaced else "not here"
         before, seen = seen, {}                                      # by change: their clock may be another machine's
         for other in names_in(folder):
             if other.endswith((".part", ".parquet")):
@@ -238,10 +240,9 @@ def wait_for_shard(path, replaced=False):
         if seen != before:
             alive = time.monotonic()
         if time.monotonic() - alive > PATIENCE:
-            raise SystemExit(f"{path}: {state}, and nothing has arrived for {PATIENCE} s; fetch it with python "
-                             "prepare.py -n N, then resume" + ", or take what is here: --num_shards=0" * replaced)
+            raise SystemExit(f"{path}: {state}, and nothing has arrived for {PATIENCE} s; {remedy}")
         if not said:
-            print(f"waiting for {name} to be downloaded" + f" ({state})" * replaced, flush=True)
+            print(f"waiting for {name} to be downloaded" + (f" ({state})" if replaced else ""), flush=True)
             said = True
         time.sleep(0.5)
     return path

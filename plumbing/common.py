@@ -246,7 +246,10 @@ def read_log(folder, remarks=None):
         raise SystemExit(f"{path}: can't be read ({error.strerror}); run again when it can be") from None
     if damaged:
         line = f"{os.path.relpath(path, base_path())}: {damaged} damaged row{'s' if damaged > 1 else ''} left out"
-        print0(line) if remarks is None else remarks.append(f"{line}.")
+        if remarks is None:
+            print0(line)
+        else:
+            remarks.append(f"{line}.")
     return rows
 
 
