@@ -63,10 +63,13 @@ def model_named(name, there):
     for info in there:
         if name == info["id"] or not name and info["default"]:
             return info
-    names = ", ".join(info["id"] for info in there)
-    what = f"model={shown(name)}: there is none of that name" if name else "what this server was started for is not there yet"
-    raise Wrong(404, f"{what}; there are: {names}" if names else
-                "there is no model yet: bash run_realistic.sh trains one", "model", "model_not_found")
+    message = "what this server was started for is not there yet"
+    if name:
+        message = f"model={shown(name)}: there is none of that name"
+    message += f"; there are: {', '.join(info['id'] for info in there)}"
+    if not there:
+        message = "there is no model yet: bash run_realistic.sh trains one"
+    raise Wrong(404, message, "model", "model_not_found")
 
 
 @dataclass(eq=False)
