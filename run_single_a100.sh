@@ -11,7 +11,7 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"      # typed: sh run...
 set -euo pipefail
 cd "$(dirname "$0")"
-[ $# = 0 ] || { echo "$0: settings go in front, like CONFIG=demo DEPTH=4 bash $0" >&2; exit 1; }
+[ $# = 0 ] || { echo "$0: settings go in front, like CONFIG=balanced DATA_SHARDS=40 bash $0" >&2; exit 1; }
 
 memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1) || memory=
 case "$memory" in *[!0-9]*) memory=0 ;; esac      # a board that shares the computer's memory names none
