@@ -83,9 +83,9 @@ def measure_fit():
     guess = budget.micro_batch(rows, 1, 0, machine.free_bytes, model_config, machine.dtype.itemsize)
     model, optimizers = trainable()
 
-    def watched(machine, model, optimizers, B):
+    def watched(machine, model, optimizers, B, rest):
         clock = time.perf_counter()
-        speed = attempt(machine, model, optimizers, B)
+        speed = attempt(machine, model, optimizers, B, rest)
         tries.append(dict(B=B, speed=speed, peak_bytes=machine.peak_memory(), seconds=time.perf_counter() - clock,
                           reserved_bytes=torch.cuda.max_memory_reserved() if gpu else None))
         return speed
@@ -97,7 +97,7 @@ def measure_fit():
     B, _ = fit.fit_micro_batch(machine, model, optimizers, rows, 0, None)
     seconds = time.perf_counter() - clock
     if not gpu:                                                  # where nothing is tried
-        fit.attempt(machine, model, optimizers, B)
+        fit.attempt(machine, model, optimizers, B, 0)
     best = next(one for one in tries if one["B"] == B and one["speed"])
     checkpointing = model.gradient_checkpointing
     tried = [f"{one['B']}: " + (f"{one['speed']:,.0f} tok/s" if one["speed"] else "no room") for one in tries]

@@ -9,6 +9,7 @@ import gc
 import time
 
 import torch
+import torch.distributed as dist
 
 from plumbing.budget import MICRO_TOKENS, even_batch, largest_depth, micro_batch
 from plumbing.common import RANK, WORLD_SIZE, base_path, print0, read_json, write_json
@@ -43,24 +44,26 @@ def fit_micro_batch(machine, model, optimizers, rows, asked, meta):
     if machine.device.type != "cuda":
         return fitting, over_ranks(model)
     path, key = base_path("fit.json"), f"{machine.name}, {machine.free_bytes / 1e9:.0f} GB free, {machine.dtype_name}, " \
-        f"torch {torch.__version__}, {config}, {share} rows, checkpointing {model.gradient_checkpointing}"
+        f"torch {torch.__version__}, {config}, {share} rows, checkpointing {model.gradient_checkpointing}, " \
+        f"compiled {model.compiled_parts is not None}"
     known = read_json(path)
     before, saving = known.get(key, (0, False))
-    model.gradient_checkpointing |= saving
+    [plain] = smallest_over_ranks([int(not saving)], machine.device)       # only the first rank may find its own key
+    model.gradient_checkpointing |= not plain
     settled, last = asked or before, 0                           # tried all the same: it may not fit any more
 
     def tried(B):
         nonlocal last
         last = B
         try:
-            return attempt(machine, model, optimizers, B)
+            return attempt(machine, model, optimizers, B, share % B)
         except Exception as error:                               # no compiler, no Python.h, a bug in torch: of all kinds
-            if not model.compiled_parts:
+            if not model.compiled_parts or isinstance(error, dist.DistError):
                 raise
             reason = (str(error).strip() or repr(error)).splitlines()[0]
         model.compiled_parts = None
         print0(f"torch.compile fails here, goes on without, more slowly: {reason:.200}")
-        return attempt(machine, model, optimizers, B)
+        return attempt(machine, model, optimizers, B, share % B)
 
     first, most = smallest_over_ranks([settled or fitting, 0 if settled else MICRO_TOKENS // T], machine.device)
     B, speed = largest_that_runs(share, first, most, tried)
@@ -103,12 +106,13 @@ def largest_that_runs(share, first, most, attempt):
     return B, speed
 
 
-def attempt(machine, model, optimizers, B):
+def attempt(machine, model, optimizers, B, rest):
     """
     Tokens per second, of all ranks, in micro-batches of B rows; 0.0 where the memory of one rank does not suffice.
 
     Some passes, the optimizers' step between them at a rate of 0, and an evaluation: all that a
-    step holds at a time. Leaves weights, optimizers and random numbers as they were.
+    step holds at a time, and all that is compiled for it; `rest` rows are left over for the last micro-batch of a
+    step. Leaves weights, optimizers and random numbers as they were.
     """
     T = model.config.sequence_len
     idx = torch.arange(B * T, device=machine.device).view(B, T) * 7919 % model.config.vocab_size
@@ -127,6 +131,10 @@ def attempt(machine, model, optimizers, B):
             try:
                 buckets = buckets or [torch.empty_like(p) for p in model.parameters() if WORLD_SIZE > 1]
                 model(idx, idx).backward()                       # added to what the turn before left, as in a step
+                if turn == 0:                                    # what else is compiled: here all ranks wait for each other
+                    model.score(idx, idx)
+                    if rest:
+                        model(idx[:rest], idx[:rest]).backward()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise

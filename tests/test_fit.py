@@ -19,7 +19,7 @@ def test_a_try_leaves_everything_as_it_was():
     optimizers = build_optimizers(model, 0.02, 0.2, 0.004)
     weights = {name: p.clone() for name, p in model.named_parameters()}
     rates, random = [g["lr"] for o in optimizers for g in o.param_groups], torch.get_rng_state()
-    assert fit.attempt(cpu, model, optimizers, 2) > 0
+    assert fit.attempt(cpu, model, optimizers, 2, 1) > 0
     assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in model.named_parameters())
     assert rates == [g["lr"] for o in optimizers for g in o.param_groups]
     assert not any(o.state for o in optimizers) and torch.equal(random, torch.get_rng_state())
@@ -39,7 +39,7 @@ def test_memory_that_runs_out_anywhere_is_a_try_that_failed(where, monkeypatch):
         monkeypatch.setattr(optimizers[1], "step", full)
     if where == "forward":
         monkeypatch.setattr(model, "forward", full)
-    assert fit.attempt(cpu, model, optimizers, 2) == 0.0
+    assert fit.attempt(cpu, model, optimizers, 2, 1) == 0.0
     assert all(p.grad is None for p in model.parameters()) and not any(o.state for o in optimizers)
 
 
@@ -49,7 +49,7 @@ def test_a_rank_without_memory_for_the_exchange_ends(monkeypatch):
     monkeypatch.setattr(optimizers[1], "step", full)
     monkeypatch.setattr(fit, "WORLD_SIZE", 2)                    # the other one would wait for it, in another exchange
     with pytest.raises(SystemExit, match="rank 0: no memory for the optimizers' step, at 2 rows"):
-        fit.attempt(cpu, model, optimizers, 2)
+        fit.attempt(cpu, model, optimizers, 2, 1)
     assert all(p.grad is None for p in model.parameters()) and not any(o.state for o in optimizers)
 
 
@@ -62,7 +62,7 @@ def gpu(monkeypatch, tmp_path):
     played = SimpleNamespace(threads=2, device=torch.device("cuda"), name="NVIDIA Toy", dtype=torch.bfloat16, dtype_name="bfloat16",
                              free_bytes=1e9, peak_memory=lambda: 5e8, limit=1e9, tries=[])
 
-    def attempt(machine, model, optimizers, B):
+    def attempt(machine, model, optimizers, B, rest):
         played.tries.append(B)
         need = state_bytes(model.config) + B * row_bytes(model.config, 2, model.gradient_checkpointing)
         if model.compiled_parts:
@@ -109,6 +109,19 @@ def test_checkpointing_comes_last_and_then_one_line(gpu, capsys):
     assert "gradient checkpointing goes on" in capsys.readouterr().out
 
 
+def test_checkpointing_that_one_rank_knows_of_goes_on_for_all(gpu, monkeypatch):
+    assert not fitted(gpu)[2].gradient_checkpointing
+    monkeypatch.setattr(fit, "smallest_over_ranks", lambda numbers, device: [0] if numbers == [1] else numbers)
+    assert fitted(gpu)[2].gradient_checkpointing
+
+
+def test_what_is_known_of_an_eager_model_says_nothing_of_a_compiled_one(gpu):
+    gpu.limit = state_bytes(CONFIG) + 20 * row_bytes(CONFIG, 2, False)
+    assert fitted(gpu)[0] == 16
+    gpu.limit = 1e9
+    assert fitted(gpu)[0] == 16 and fitted(gpu, compiled_parts=SimpleNamespace())[0] == 48
+
+
 def test_what_does_not_compile_is_one_line_and_goes_on(gpu, capsys):
     B, forward, model = fitted(gpu, compiled_parts=SimpleNamespace())
     assert B == 48 and forward is model and model.compiled_parts is None
@@ -122,6 +135,6 @@ def test_a_model_that_does_not_compile_is_tried_and_trained_without(gpu, monkeyp
     cpu, model = machine.start("cpu"), GPT(CONFIG)
     model.compiled_parts = SimpleNamespace(embed=broken)
     with pytest.raises(RuntimeError, match="no compiler"):
-        REAL_ATTEMPT(cpu, model, [], 2)
+        REAL_ATTEMPT(cpu, model, [], 2, 0)
     model.compiled_parts = None
-    assert REAL_ATTEMPT(cpu, model, [], 2) > 0
+    assert REAL_ATTEMPT(cpu, model, [], 2, 0) > 0
