@@ -20,6 +20,10 @@ if [ "${NNODES:-1}" != 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
     echo "NNODES=$NNODES: MASTER_ADDR must name the first machine, NODE_RANK say which this one is (0, 1, ...)" >&2
     exit 1
 fi
+if [ "$((10#${NODE_RANK:-0}))" -ge "$((10#${NNODES:-1}))" ]; then
+    echo "NODE_RANK=$NODE_RANK: the first of NNODES=${NNODES:-1} machines is 0, so it must be below that" >&2
+    exit 1
+fi
 case "${RL:-0}" in 0|1) ;; *) echo "RL=$RL: must be 1, reinforcement learning after fine-tuning, or 0" >&2; exit 1 ;; esac
 configuration                         # the driver's table: the values of $CONFIG
 # DEPTH                                 layers; the one dial of model size
@@ -48,9 +52,15 @@ configuration                         # the driver's table: the values of $CONFI
 # its own tokenizer and text for the tiny model, so that a later demo run does not find them in its way
 if [ "$CONFIG" = tiny ]; then NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat/tiny}; fi
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
-case "$NANOCHAT_BASE_DIR" in                # ~ given in quotes, as the stages read it
-    "~/"*) NANOCHAT_BASE_DIR=~/${NANOCHAT_BASE_DIR#"~/"} ;;
+case "$NANOCHAT_BASE_DIR" in
+    /*) ;;
+    "~"|"~/"*) NANOCHAT_BASE_DIR=$HOME${NANOCHAT_BASE_DIR#"~"} ;;      # given in quotes, as the stages read it
+    *) NANOCHAT_BASE_DIR=$OLDPWD/$NANOCHAT_BASE_DIR ;;                 # where the driver was called
 esac
+if [ "$BASE_TAG" != "$MODEL_TAG" ] && [ ! -d "$NANOCHAT_BASE_DIR/base_checkpoints/$BASE_TAG" ]; then
+    echo "BASE_TAG=$BASE_TAG: there is no base model of that name in $NANOCHAT_BASE_DIR/base_checkpoints, to go on from" >&2
+    exit 1
+fi
 
 # what plan.py needs to know; with PLAN=flags it asks for them itself, for each row of the drivers' tables
 plan_flags=(--depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$TOTAL_BATCH_SIZE" --vocab_size="$VOCAB_SIZE"
@@ -63,8 +73,9 @@ plan() { "$1" plan.py "${plan_flags[@]}" --known="$VARIABLES" --given="$(compgen
 # a CPU thread that has nothing to do looks for work some microseconds long, then sleeps: sleeping at once makes a step
 # 1.4 times slower on a quiet machine; for a busy one plumbing/machine.py finds by timing that one thread is faster than two
 export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-10000} PYTHONUNBUFFERED=1
-# s: torchrun's patience with ranks that finish a step and save; torch 2.11 knows only its own 30
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
+# s: torchrun's patience with ranks that finish a step and save; torch 2.11 knows only its own 30. And where ranks do not
+# come together, the one line of plumbing/launch.py instead of 40 of torch's inside
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-FATAL}
 
 # Ctrl-C, kill and a closed terminal: what runs is told to save and end, a second time it has to; the code is a shell's
 # for the signal
@@ -149,7 +160,7 @@ else
 fi
 launch() { show "${launcher[@]}" "$@"; follow "${launcher[@]}" "$@"; }
 # the same question after each stage: a base model goes on with it, mid-training teaches to answer
-ask() { run python chat_cli.py -i "$1" --model_tag="$2" --max_tokens=48 -p "Who are you?"; }
+ask() { run python chat_cli.py -i "$1" --model_tag="$2" --max_tokens=48 -p "${3:-Who are you?}"; }
 printf '$ source .venv/bin/activate; export NANOCHAT_BASE_DIR=%q\n' "$NANOCHAT_BASE_DIR"
 # a headline per stage, and how long each one took, for the end
 times=("$(printf '%6d s  set-up' "$SECONDS")") name= begin=$SECONDS
@@ -207,9 +218,10 @@ if [ "$RL" = 1 ]; then
     launch chat_eval.py --source=rl --model_tag="$MODEL_TAG" --resume=1 "${chat_tests[@]}"
 fi
 
-stage "$((6 + RL)). report and a first question"
+stage "$((6 + RL)). report and first questions"
 run python report.py --model_tag="$MODEL_TAG"
 ask "$last" "$MODEL_TAG"
+ask "$last" "$MODEL_TAG" "Spell the word 'garden'"
 stage ""
 printf '\n'; printf '%s\n' "${times[@]}"; printf '%6d s  in all\n\n' "$SECONDS"
 printf 'Talk to it:   NANOCHAT_BASE_DIR=%q .venv/bin/python chat_cli.py -i %s --model_tag=%q\n' \

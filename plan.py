@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 from plumbing import stop
 from plumbing.budget import (CARD_GB, CPU_BYTES, KEEP, SHARD_BYTES, SHARD_TOKENS, card_bytes, checkpoint_bytes,
-                             flops_per_token, micro_batch, model_shape, num_params, peak_bytes, peak_flops,
+                             flops_per_token, largest_depth, micro_batch, model_shape, num_params, peak_bytes, peak_flops,
                              rows_per_step, usable_bytes)
 from plumbing.common import ROOT, base_path, duration
 from plumbing.configurator import configure
@@ -50,7 +50,7 @@ config = configure(globals(), show=False)
 stop.listen()
 
 NAMES = dict(base="pretraining", mid="mid-training", sft="fine-tuning", rl="reinforcement", report="report, questions")
-PROGRAMS = dict(base=3, mid=3, sft=2, rl=2, report=2)       # that a stage starts: to train, to test, to ask a question
+PROGRAMS = dict(base=3, mid=3, sft=2, rl=2, report=3)       # that a stage starts: to train, to test, to ask questions
 SHARD_DISK = SHARD_BYTES + 2 * SHARD_TOKENS           # the parquet file and its tokens
 TASK_DISK = 1.6e9              # conversations and questions, and the tokens made from them
 CORE_ITEMS = 91037             # in 22 tasks
@@ -81,7 +81,8 @@ PREDICTED_MFU = {"A100": 0.69, "A800": 0.69, "H200": 0.53, "H100": 0.47, "RTX 40
 def misspelt(given, known):
     """(name, the known name it was meant to be) of a variable that is nearly one of the drivers', or None."""
     for name in sorted(set(given) - set(known)):
-        near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85)
+        near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85) \
+            or [other for other in known if sorted(other) == sorted(name.upper())]      # DEPHT
         if near and near[0] not in ("PLAN", "PYTHON") and not name.startswith("WANDB_"):     # these have many of their own
             return name, near[0]
 
@@ -194,9 +195,13 @@ def memory_of(k, gpu_bytes):
     for checkpointing in (k.gradient_checkpointing, True):
         B = micro_batch(rows, k.num_processes, k.device_batch_size, free, model, value, checkpointing)
         need = peak_bytes(model, B, value, checkpointing)
-        if not gpu_bytes or need < gpu_bytes:
+        if fits(need, gpu_bytes):
             break
     return B, need
+
+
+def fits(need, gpu_bytes):
+    return not gpu_bytes or need < gpu_bytes
 
 
 def show_times(k, speed):
@@ -220,9 +225,8 @@ def show_choices(speed, gpu_bytes):
             continue
         took = sum(map(sum, seconds(k, speed).values())) / 3600
         B, need = memory_of(k, gpu_bytes)
-        fits = not gpu_bytes or need < gpu_bytes
-        hours[name] = took if fits else math.inf
-        how = f"{B} rows at a time" if fits else "too much"
+        hours[name] = took if fits(need, gpu_bytes) else math.inf
+        how = f"{B} rows at a time" if fits(need, gpu_bytes) else "too much"
         print(f"  CONFIG={name:13}d{k.depth:<3}{took:>9,.1f} h{need / 1e9:>7.1f} GB, {how}")
     for limit in (1, 4, 12, 24):
         print(f"  in {limit:>2} h: {', '.join(name for name, h in hours.items() if h <= limit) or 'none of them'}")
@@ -230,7 +234,7 @@ def show_choices(speed, gpu_bytes):
 
 if wrong := misspelt(given.split(), known.split()):
     raise SystemExit(f"{wrong[0]} is set, which nothing reads: did you mean {wrong[1]}? (unset {wrong[0]} to go on without)")
-if gpu and not peak_flops(gpu):
+if gpu and not (peak_flops(gpu) and card_bytes(gpu)):
     raise SystemExit(f"gpu={gpu}: must be one of {', '.join(CARD_GB)}; 'A100 80GB' is one of that size")
 k = SimpleNamespace(**config)
 here, gpu_bytes = gpu_here()
@@ -265,7 +269,9 @@ if not speed and peak_flops(card):
     where = f"PREDICTED for {num_processes} x {card} ({gpu_bytes / 1e9:.0f} GB) at {100 * mfu:.0f} % of its peak" + (
         "" if here else ", there is no GPU here (PLAN= or --gpu= names another card)")
 if speed:
-    print(f"  memory  {need / 1e9:.1f} GB, in micro-batches of {B} rows")
+    print(f"  memory  {need / 1e9:.1f} GB, in micro-batches of {B} rows" if fits(need, gpu_bytes) else
+          f"  memory  {need / 1e9:.1f} GB, which the card has not: take a shorter MAX_SEQ_LEN, or "
+          f"DEPTH={largest_depth(usable_bytes(gpu_bytes), model_of(k), 2)} or less")
     total = sum(map(sum, seconds(k, speed).values()))
     print(f"  time    {duration(total)}, {where}; set-up, downloads and tokenizer on top")
 else:

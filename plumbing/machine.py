@@ -73,8 +73,8 @@ def start(device="", dtype="", meta=None):
     sys.excepthook = in_one_line
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, asked = device or best, dtype
-    if kind == "cuda" and best != "cuda":
-        raise SystemExit("device=cuda: torch finds no CUDA GPU here; leave the knob empty to run without one")
+    if kind == "cuda" and best != "cuda" or kind == "mps" and not torch.backends.mps.is_available():
+        raise SystemExit(f"device={kind}: torch finds no such GPU here; leave the knob empty to run without one")
     chosen, name, free_bytes = torch.device(kind), kind, CPU_BYTES
     if kind == "cuda":
         if LOCAL_RANK >= torch.cuda.device_count():
@@ -273,7 +273,7 @@ def in_one_line(kind, error, trace):
               "half of DEVICE_BATCH_SIZE or --device_batch_size (the training stays the same), or with "
               "GRADIENT_CHECKPOINTING=1", file=sys.stderr)
     elif WORLD_SIZE > 1 and (issubclass(kind, dist.DistError)
-                             or re.search("gloo|NCCL|peer|[Cc]onnection|[Tt]imed out", str(error))):
+                             or re.search("gloo|NCCL|peer|[Cc]onnection|[Tt]imed out|pair closure", str(error))):
         print(f"rank {RANK}: another rank has ended, or did nothing for {PATIENCE}; the same command goes on from the "
               f"last checkpoint ({str(error).splitlines()[0]:.100})", file=sys.stderr)
         sys.stdout.flush()
