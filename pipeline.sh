@@ -54,7 +54,7 @@ if [ "$CONFIG" = tiny ]; then NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/na
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
 case "$NANOCHAT_BASE_DIR" in
     /*) ;;
-    "~"|"~/"*) NANOCHAT_BASE_DIR=$HOME${NANOCHAT_BASE_DIR#"~"} ;;      # given in quotes, as the stages read it
+    "~/"*) NANOCHAT_BASE_DIR=~/${NANOCHAT_BASE_DIR#"~/"} ;;            # given in quotes, as the stages read it
     *) NANOCHAT_BASE_DIR=$OLDPWD/$NANOCHAT_BASE_DIR ;;                 # where the driver was called
 esac
 if [ "$BASE_TAG" != "$MODEL_TAG" ] && [ ! -d "$NANOCHAT_BASE_DIR/base_checkpoints/$BASE_TAG" ]; then

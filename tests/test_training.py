@@ -463,11 +463,12 @@ def test_the_drivers_say_their_settings_and_run_however_they_are_called():
         assert done.returncode == 0 and "settings: CONFIG=demo DEPTH=4" in done.stdout and "plan: d4" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("given, folder", [("~/a b/ü", "/home/x/a b/ü"), ("/a b/~/c", "/a b/~/c"), ("", "/home/x/.cache/nanochat")])
+@pytest.mark.parametrize("given, folder", [("~/a b/ü", "/home/x/a b/ü"), ("/a b/~/c", "/a b/~/c"), ("", "/home/x/.cache/nanochat"),
+                                           ("a b/c", "/tmp/a b/c")])
 def test_the_drivers_take_a_folder_as_the_stages_do(given, folder):
     with open(os.path.join(ROOT, "pipeline.sh"), encoding="utf-8") as f:
         part = f.read().partition("# its own tokenizer")[2].partition("# what plan.py needs")[0]
-    env = dict(os.environ, HOME="/home/x", CONFIG="demo", NANOCHAT_BASE_DIR=given)
+    env = dict(os.environ, HOME="/home/x", OLDPWD="/tmp", CONFIG="demo", NANOCHAT_BASE_DIR=given, BASE_TAG="d2", MODEL_TAG="d2")
     code = f'#{part}\nexec {sys.executable} -c "from plumbing.common import BASE_DIR; import os; print(BASE_DIR, os.environ[\'NANOCHAT_BASE_DIR\'])"'
     assert subprocess.check_output(["bash", "-euc", code], cwd=ROOT, env=env, text=True) == f"{folder} {folder}\n"
 
