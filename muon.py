@@ -35,8 +35,8 @@ def orthogonalize(G, dtype, steps=5):
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)          # all singular values at most 1
     for _ in range(steps):
         A = X @ X.mT
-        B = NS_B * A + NS_C * (A @ A)
-        X = NS_A * X + B @ X
+        B = torch.baddbmm(A, A, A, beta=NS_B, alpha=NS_C)        # NS_B A + NS_C AA, and the sum is no pass of its own
+        X = torch.baddbmm(X, B, X, beta=NS_A)
     return (X.mT if tall else X).to(G.dtype)
 
 
