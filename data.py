@@ -79,7 +79,8 @@ def train_shards(num_shards):
 
 def read_batches(path):
     """Lists of up to 1024 texts, without ever holding the whole file."""
-    remedy = "delete it and run python prepare.py again"
+    remedy = ("move it away; own text needs a column 'text' of strings, a downloaded shard comes again with "
+              "python prepare.py")
     try:
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 18)  # by default it reads all at first
         names = file.schema_arrow.names
@@ -228,6 +229,8 @@ def wait_for_shard(path, replaced=False):
     """
     name, folder = os.path.basename(path), os.path.dirname(path)
     state, remedy = "not here", "fetch it with python prepare.py -n N, then resume"
+    if path == shard_path(VAL_SHARD):
+        state = "not here (it is the held-out text: own text needs one under this name, too)"
     if replaced:
         state, remedy = "the embedded corpus or a damaged file", f"{remedy}, or take what is here: --num_shards=0"
     alive, seen, said = time.monotonic(), {}, False

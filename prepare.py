@@ -46,11 +46,19 @@ def problem_with_shard(path):
     return "it is the embedded corpus" if is_embedded(path) else problem_inside(path) if verify else ""
 
 
+def is_own(path):
+    """Whether a file that is no shard is somebody's own and never replaced, not one that we made and that was damaged."""
+    if problem_with_parquet(path):
+        return not os.path.exists(f"{path}.sha256")              # is kept of all that is fetched or made
+    return "text" not in pq.read_schema(path).names
+
+
 def fetch_shards(wanted):
     """The shards of these numbers; SystemExit if one is missing."""
-    for path in map(shard_path, wanted):          # somebody's own text is never replaced
-        if os.path.exists(path) and not problem_with_parquet(path) and "text" not in pq.read_schema(path).names:
-            raise SystemExit(f"{path}: {problem_with_shard(path)}; name its column of texts so, or move the file away")
+    for path in map(shard_path, wanted):
+        if os.path.exists(path) and is_own(path):
+            raise SystemExit(f"{path}: {problem_with_shard(path)}; own text has to be a parquet file with a column "
+                             "'text': make it one, or move the file away")
     missing = [i for i in wanted if not os.path.exists(shard_path(i)) or problem_with_shard(shard_path(i))]
     untokenized = [i for i in wanted if i in missing or not glob.glob(f"{shard_path(i).removesuffix('.parquet')}.*.bin")]
     folder, need = base_path("base_data"), len(missing) * SHARD_BYTES + len(untokenized) * 2 * SHARD_TOKENS
@@ -86,9 +94,9 @@ def write_embedded():
     train, val = shard_path(0), shard_path(VAL_SHARD)
     there = [path for path in (train, val) if os.path.exists(path)]
     for path in there:
-        if not problem_with_parquet(path) and not is_embedded(path):
-            raise SystemExit(f"{path}: a downloaded shard is here already; set NANOCHAT_BASE_DIR to another folder for "
-                             "the embedded corpus")
+        if is_own(path) or not (problem_with_parquet(path) or is_embedded(path)):
+            raise SystemExit(f"{path}: a downloaded shard or own text is here already; set NANOCHAT_BASE_DIR to another "
+                             "folder for the embedded corpus")
     problems = [f"{path}: {problem}" for path in there
                 if (problem := problem_with_parquet(path) or (verify and problem_inside(path)))]
     if len(there) == 2 and not problems:

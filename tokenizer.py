@@ -252,7 +252,8 @@ def train_tokenizer(paths, vocab_size, max_chars=0, doc_cap=0, progress=None):
                                                       progress=progress)
     except ValueError as error:
         if not hasattr(error, "most_tokens"):
-            raise SystemExit(f"{error}; delete the file and run python prepare.py again") from None
+            raise SystemExit(f"{error}; move it away; own text needs a column 'text' of strings, a downloaded shard "
+                             "comes again with python prepare.py") from None
         most = error.most_tokens + len(SPECIAL_TOKENS)
         raise SystemExit(f"vocab_size={vocab_size}: this text gives only {most} tokens, the {len(SPECIAL_TOKENS)} "
                          f"special ones included; learn from more text or take --vocab_size={most}") from None

@@ -516,16 +516,19 @@ def test_a_shard_without_text_is_refused(folder, monkeypatch):
     assert data.train_shards(1) and not os.path.exists(data.shard_path(0))
 
 
-def test_a_users_own_text_is_never_replaced(folder, monkeypatch):
-    own = parquet_bytes(content=["mine"])
+@pytest.mark.parametrize("own, problem", [
+    (parquet_bytes(content=["mine"]), "no column 'text'"), (b"text\nmine\n", "no whole parquet file")])
+def test_a_users_own_text_is_never_replaced(folder, monkeypatch, own, problem):
     with open(data.shard_path(0), "wb") as f:
         f.write(own)
-    with serve(lambda h, n: send(h, parquet_bytes())) as (url, _):
+    with serve(lambda h, n: send(h, parquet_bytes())) as (url, seen):
         monkeypatch.setattr(download_module, "HF_ENDPOINT", url)
-        with pytest.raises(SystemExit, match="no column 'text'.*move the file away"):
-            run_script("prepare.py", "-n", "1", "--num_threads=1")
-    with open(data.shard_path(0), "rb") as f:
-        assert f.read() == own
+        for flag in ("-n=1", "--verify=1"):
+            with pytest.raises(SystemExit, match=f"{problem}.*move the file away$"):
+                run_script("prepare.py", flag)
+        with pytest.raises(SystemExit, match="own text is here already"):
+            run_script("prepare.py", "--embedded=1")
+        assert not seen and content(data.shard_path(0)) == own
 
 
 def test_the_embedded_corpus_is_not_taken_for_a_downloaded_shard(folder, monkeypatch):
@@ -604,7 +607,10 @@ def test_verify_keeps_own_text_and_makes_the_embedded_corpus_again(folder, monke
 def test_the_tokenizer_waits_for_what_replaces_a_shard(folder, monkeypatch, here):
     """As the driver starts them: prepare.py beside tok_train.py, which is often the faster one."""
     for i in (0, data.VAL_SHARD):
-        data.write_shard(data.shard_path(i), ["old"]) if here == "embedded" else open(data.shard_path(i), "w").close()
+        data.write_shard(path := data.shard_path(i), ["old"])
+        if here == "damaged":
+            download_module.keep_checksum(path, path)
+            os.truncate(path, 0)
     env = dict(os.environ, NANOCHAT_BASE_DIR=str(folder))
     command = [sys.executable, "tok_train.py", "--vocab_size=270", "--num_shards=1"]
     train = subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -660,7 +666,7 @@ def test_reading_names_what_is_wrong_with_a_shard(folder):
         path.write_bytes(body)
         with pytest.raises(SystemExit, match=message) as error:
             list(data.read_texts(str(path)))
-        assert "\n" not in str(error.value) and str(path) in str(error.value)
+        assert "\n" not in str(error.value) and str(path) in str(error.value) and "delete" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------ token files
@@ -931,6 +937,8 @@ def test_a_shard_that_nobody_downloads_is_not_waited_for_forever(folder, monkeyp
         data.wait_for_shard(data.shard_path(0))
     assert time.time() - start > 2
     assert capsys.readouterr().out.count("waiting for shard_00000.parquet") == 1
+    with pytest.raises(SystemExit, match="01822.parquet: not here .*own text needs one.* 0.8 s; fetch it with"):
+        data.wait_for_shard(data.shard_path(data.VAL_SHARD))
 
 
 # ------------------------------------------------------------------------------ real mirror

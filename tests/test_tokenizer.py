@@ -226,7 +226,7 @@ def test_tok_train_names_a_damaged_shard(tok_train):
     (folder / "shard_00000.parquet").write_bytes(b"PAR1 torn")
     parquet(folder / "shard_01822.parquet", "the cat")
     _, err = run("--vocab_size=270").communicate()
-    assert "shard_00000.parquet" in err and "delete the file" in err and err.count("\n") == 1
+    assert "shard_00000.parquet" in err and "move it away" in err and err.count("\n") == 1 and "delete" not in err
 
 
 def test_tok_train_waits_trains_and_knows_when_it_is_done(tok_train, tmp_path):
