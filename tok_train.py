@@ -12,6 +12,7 @@ import time
 
 from plumbing.common import base_path, duration, read_json
 from plumbing.configurator import configure
+from tokenizer import BROKEN, read_tokenizer, train_tokenizer
 
 vocab_size = 65536             # tokens, the 9 specials included; at most 65,536
 max_chars = 2_000_000_000      # characters of text to learn from, or all there are if fewer; 0 = all
@@ -19,24 +20,27 @@ doc_cap = 10_000               # characters taken of one document: no long one w
 num_shards = 0                 # learn from shards 0 ... n-1, those to come too; 0 = all here now
 config = configure(globals())
 
-# Finished already? Decided by the meta alone, before anything slow is imported.
+# Finished already? Decided before anything slow is imported.
 folder = base_path("tokenizer")
 meta_path = os.path.join(folder, "meta.json")
 KEPT = ("vocab_size", "max_chars", "doc_cap")      # a tokenizer with other values is another one
-if os.path.exists(meta_path) and not (meta := read_json(meta_path, [])):
-    aside = f"{folder}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
-    os.rename(folder, aside)
-    print(f"{meta_path}: damaged, so the tokenizer is trained again; the old one is now {aside}")
-elif os.path.exists(meta_path):
-    if other := [name for name in KEPT if meta.get(name) != config[name]]:
+if os.path.exists(meta_path):
+    meta = read_json(meta_path, [])                # {} where it is damaged
+    if meta and (other := [name for name in KEPT if meta.get(name) != config[name]]):
         said = ", ".join(f"{name}={meta.get(name)} (asked for: {config[name]})" for name in other)
         raise SystemExit(f"{folder}: the tokenizer here has {said}; set NANOCHAT_BASE_DIR to another folder, or remove "
                          "this one and the checkpoints made with it")
-    print(f"tok_train: finished already, {vocab_size:,} tokens in {folder}")
-    raise SystemExit(0)
+    try:
+        read_tokenizer(folder)
+    except BROKEN:
+        aside = f"{folder}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+        os.rename(folder, aside)
+        print(f"{folder}: damaged, so the tokenizer is trained again; the old one is now {aside}")
+    else:
+        print(f"tok_train: finished already, {vocab_size:,} tokens in {folder}")
+        raise SystemExit(0)
 
 from data import VAL_SHARD, read_texts, shard_path, train_shards, wait_for_shard  # noqa: E402
-from tokenizer import train_tokenizer  # noqa: E402
 
 paths = [base_path("base_data", name) for name in train_shards(num_shards)]
 wait_for_shard(shard_path(VAL_SHARD))              # needed below; better to miss it now

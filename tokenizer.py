@@ -37,6 +37,7 @@ SPLIT_PATTERN = (
 )
 
 MAX_VOCAB_SIZE = 2**16                              # token files store uint16
+BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError)      # what read_tokenizer raises
 
 
 class Tokenizer:
@@ -155,20 +156,24 @@ class Tokenizer:
 def load_tokenizer(folder=""):
     """The tokenizer in a folder, "" = this base folder's; SystemExit with one line when it is missing or broken."""
     folder = folder or base_path("tokenizer")
-    meta_path = os.path.join(folder, "meta.json")
-    if not os.path.exists(meta_path):
+    if not os.path.exists(os.path.join(folder, "meta.json")):
         raise SystemExit(f"{folder}: no tokenizer here; run: python tok_train.py")
-    meta = read_json(meta_path, damages := [])
     try:
-        assert not damages, "meta.json is damaged"
-        with open(os.path.join(folder, "vocab.tiktoken"), "rb") as f:
-            lines = [line.split() for line in f]
-        assert [int(rank) for _, rank in lines] == list(range(len(lines))), "ranks are not 0, 1, 2, ..."
-        tokenizer = Tokenizer([base64.b64decode(token, validate=True) for token, _ in lines], meta["pattern"])
-        assert tokenizer.fingerprint == meta["fingerprint"], "its files do not belong together"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        return read_tokenizer(folder)
+    except BROKEN as error:
         raise SystemExit(f"{folder}: the tokenizer is broken ({error!r}); "
                          "move the folder away and run: python tok_train.py") from None
+
+
+def read_tokenizer(folder):
+    """The tokenizer that save has written in a folder; one of BROKEN where its files are not those."""
+    meta = read_json(os.path.join(folder, "meta.json"), damages := [])
+    assert not damages, "meta.json is damaged"
+    with open(os.path.join(folder, "vocab.tiktoken"), "rb") as f:
+        lines = [line.split() for line in f]
+    assert [int(rank) for _, rank in lines] == list(range(len(lines))), "ranks are not 0, 1, 2, ..."
+    tokenizer = Tokenizer([base64.b64decode(token, validate=True) for token, _ in lines], meta["pattern"])
+    assert tokenizer.fingerprint == meta["fingerprint"], "its files do not belong together"
     return tokenizer
 
 

@@ -251,6 +251,12 @@ def test_tok_train_waits_trains_and_knows_when_it_is_done(tok_train, tmp_path):
     assert "finished already" in out and not err
     out, err = run(*flags[1:], "--vocab_size=280").communicate()
     assert "vocab_size=270" in err and "NANOCHAT_BASE_DIR" in err and err.count("\n") == 1
+    vocab_path = tmp_path / "tokenizer" / "vocab.tiktoken"
+    whole = vocab_path.read_bytes()
+    vocab_path.write_bytes(whole[:-1 - len(whole.splitlines()[-1])])          # its last token is gone
+    out, err = run(*flags).communicate()
+    assert "tokenizer: damaged, so the tokenizer is trained again; the old one is now" in out and not err
+    assert vocab_path.read_bytes() == whole and len(list(tmp_path.glob("tokenizer.damaged-*/vocab.tiktoken"))) == 1
 
 
 @pytest.mark.parametrize("files, word", [
