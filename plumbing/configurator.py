@@ -121,7 +121,8 @@ def read_flag(arg, knobs):
     name, equals, text = arg.lstrip("-").partition("=")
     if not arg.startswith("--") or not equals:
         near = difflib.get_close_matches(name.replace("-", "_"), knobs, n=1)
-        raise SystemExit(f"{arg}: write --{near[0] if near else name}=VALUE (--help lists the knobs)")
+        remedy = f"write --{near[0]}=VALUE" if near else "there is no knob of that name"
+        raise SystemExit(f"{arg}: {remedy} (--help lists the knobs)")
     if not isinstance(knobs.get(name), str):
         # what is no value, checked() rejects and says why
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

@@ -154,8 +154,8 @@ def only_one(path, file=None, pid=None):
         file.flush()
     except BlockingIOError:
         file.seek(0)
-        raise SystemExit(f"{path.removesuffix('.lock')}: {file.read() or 'another process'} is at work here; wait until "
-                         "it ends, or stop it") from None
+        raise SystemExit(f"{path.removesuffix('.lock').rstrip('/')}: {file.read() or 'another process'} is at work "
+                         "here; wait until it ends, or stop it") from None
     except OSError as error:
         print(f"{path}: there is no lock to be had ({error.strerror}): start no second run here", file=sys.stderr)
     return file                                                  # to be kept: closed, it is free

@@ -50,7 +50,8 @@ def test_types(tmp_path):
     (["--lerning_rate=1"], "learning_rate"),
     (["--learning-rate=1"], "learning_rate"),
     (["--depth=ten"], "int"), (["--depth=1.5"], "int"), (["--fast=yes"], "bool"), (["--fast=2"], "bool"),
-    (["--depth"], "--depth=VALUE"), (["depth=4"], "write --depth=4"), (["--"], "VALUE"), (["missing.py"], "neither"),
+    (["--depth"], "--depth=VALUE"), (["depth=4"], "write --depth=4"), (["missing.py"], "neither"),
+    (["--hlp"], "--hlp: there is no knob of that name (--help lists"), (["-q", "hi"], "-q: there is no knob"), (["--"], "--help"),
     (["--LIMIT=4"], "LIMIT"), (["--__name__=x"], "no knob"), (["-n"], "value is missing"),
 ])
 def test_a_mistake_is_one_line_that_says_what_to_write(tmp_path, argv, words):

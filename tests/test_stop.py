@@ -330,7 +330,7 @@ def test_a_second_driver_is_refused_and_the_lock_goes_with_the_first(tmp_path):
                              env=dict(os.environ, PATH=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]))
     assert first.stdout.readline() == "mine\n"
     ended, said = end(begin(tmp_path, "-c", code, program="bash"))
-    assert ended == 1 and f"process {first.pid} on" in said and len(said.splitlines()) == 1
+    assert ended == 1 and f"{tmp_path}: process {first.pid} on" in said and len(said.splitlines()) == 1
     first.kill()
     first.stdin.close()
     first.wait()
