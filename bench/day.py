@@ -293,11 +293,11 @@ def read_results(path):
     lines = []
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as f:
         for number, line in enumerate(f, 1):
-            with contextlib.suppress(ValueError):
-                one = json.loads(line)
-                if isinstance(one, dict) and {"part", "item", "device", "date", "torch", "commit", "toy"} <= one.keys():
-                    lines.append(one)
-                    continue
+            # damaged is all of which no table can be written
+            with contextlib.suppress(ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+                table([one := json.loads(line)]).encode()
+                lines.append(one)
+                continue
             print(f"{path}: line {number} is damaged and left out")
     return lines
 

@@ -42,9 +42,13 @@ def test_it_goes_on_after_a_kill_and_a_failure_and_measures_nothing_twice(tmp_pa
     first.wait()
 
     path = tmp_path / "gpu_day/results.jsonl"
-    path.write_text(path.read_text() + '{"part": "fit", "it')     # and a line cut short
+    good = json.loads(path.read_text())
+    wrong = [dict(date=5), dict(figures=5), dict(part=[]), dict(device={}), dict(figures={"a_bytes": {}}), dict(item="\ud800")]
+    wrong = [*(json.dumps(good | one) for one in wrong), "[" * 100_000, "5", '{"part": "fit", "it']     # cut short
+    path.write_text(path.read_text() + "\n".join(wrong))
     done = day(tmp_path, PART="memory,4")
-    assert done.returncode == 0 and "line 2 is damaged" in done.stdout
+    assert done.returncode == 0, done.stdout
+    assert re.findall(r"line (\d+) is damaged", done.stdout) == [str(number) for number in range(2, 11)]
     assert done.stdout.index("\ndecode d1 ...") < done.stdout.index("\nmemory d1 ..."), "what was killed comes last"
     assert [(line["part"], line["item"], "figures" in line) for line in lines(tmp_path)] == \
         [("memory", "d1", False), ("decode", "d1", True), ("memory", "d1", True)]
