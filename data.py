@@ -287,11 +287,11 @@ def make_conversation_files(jobs, tokenizer):
 
 
 def render(conversations, i, tokenizer):
-    """(ids, mask) of conversation i; a broken one ends the run and says which it is."""
+    """(ids, mask) of conversation i of a task; a broken one ends the run and says which it is."""
     try:
         return tokenizer.render_conversation(conversations[i])
     except ValueError as error:
-        raise SystemExit(f"conversation {i} of {conversations!r}: {error}") from None
+        raise SystemExit(f"{conversations.place(i)}: {error}") from None
 
 
 def epoch_tokens(stream, conversations):

@@ -32,6 +32,7 @@ from decimal import Decimal
 import numpy as np
 
 TEST_SHARE = 10         # one word in so many is kept for the test
+GRADINGS = ("exact", "number", "letter", "identity")   # see is_right
 
 
 @dataclass(eq=False)
@@ -56,7 +57,15 @@ class Task:
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(f"{self!r}: no row {i}")
-        return self.convert(self.rows[i]) if self.convert else self.rows[i]
+        conversation = self.convert(self.rows[i]) if self.convert else self.rows[i]
+        grading = conversation.get("grading", "exact")
+        if grading not in (*GRADINGS, "program"):                # programs are judged in evals/humaneval.py
+            raise SystemExit(f"{self.place(i)}: grading must be one of {', '.join(GRADINGS)}, not {grading!r}")
+        return conversation
+
+    def place(self, i):
+        """Where conversation i comes from, for messages."""
+        return f"{self.label}, row {i}"
 
     def __repr__(self):
         return f"{self.label} x {len(self)}"
@@ -73,11 +82,21 @@ class Mixture(Task):
         super().__init__(f"mixture {seed} of " + " + ".join(map(repr, tasks)),
                          functools.partial(shuffled, starts[-1], seed), functools.partial(mixed_row, tasks, starts))
 
+    def place(self, i):
+        task, row = part_of(*self.convert.args, self.rows[i])
+        return task.place(row)
+
+
+def part_of(tasks, starts, row):
+    """The task in which a mixture's row lies, and which of the task's rows it is."""
+    k = np.searchsorted(starts, row, side="right") - 1
+    return tasks[k], int(row - starts[k])
+
 
 def mixed_row(tasks, starts, row):
-    """The conversation of a mixture's row: that of the task in which the row lies."""
-    k = np.searchsorted(starts, row, side="right") - 1
-    return tasks[k][int(row - starts[k])]
+    """The conversation of a mixture's row."""
+    task, i = part_of(tasks, starts, row)
+    return task[i]
 
 
 def shuffled(n, seed=42):
@@ -105,7 +124,9 @@ def all_tests(embedded, who):
     for _, name, _ in pkgutil.iter_modules([os.path.dirname(__file__)]):
         module = importlib.import_module(f"tasks.{name}")
         new = module.tests(embedded, who) if hasattr(module, "tests") else {}
-        assert not found.keys() & new.keys(), f"tasks/{name}.py: another file has a test of the same name"
+        if twice := found.keys() & new.keys():
+            raise SystemExit(f"tasks/{name}.py: another file has a test named {', '.join(sorted(twice))}, too; each needs "
+                             "a name of its own")
         found |= new
     return found
 
@@ -150,4 +171,5 @@ def is_right(conversation, answer):
         return bool(found) and found[1] == right
     if grading == "identity":
         return bool(re.search(rf"(?<!\w){re.escape(right)}(?!\w)", answer, re.IGNORECASE))
-    raise ValueError(f"a conversation with grading {grading!r} can't be judged; exact, number, letter and identity can")
+    raise SystemExit(f"a conversation with grading {grading!r} can't be judged; what tests() of a file in tasks/ returns "
+                     f"needs one of {', '.join(GRADINGS)}")

@@ -9,13 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import data
 import tasks
 from conftest import reference_answer
 from plumbing import common
 from plumbing.calculator import calculate
 from tasks import downloaded, spelling
 from tasks.identity import TEST_QUESTIONS, conversation
-from tasks.task import in_test
+from tasks.task import Task, in_test
 from tokenizer import Tokenizer
 
 HUB = os.environ.get("NANOCHAT_TEST_HUB", "")
@@ -219,8 +220,24 @@ def test_answers_are_graded(grading, right, answer, verdict):
 
 
 def test_grading_of_a_chat_is_an_error():
-    with pytest.raises(ValueError, match="can't be judged"):
+    with pytest.raises(SystemExit, match="can't be judged"):
         tasks.is_right({"messages": []}, "x")
+
+
+def test_a_mistake_in_a_task_is_one_line_that_names_it(monkeypatch):
+    def weekdays(role, **more):
+        messages = [{"role": "user", "content": "Which day?"}, {"role": role, "content": "Friday"}]
+        return Task("weekdays", lambda: [{"messages": messages}, {"messages": messages, **more}])
+    mixed = tasks.Mixture([tasks.identity(size=1, **ME), weekdays("bot")], seed=1)
+    place = next(i for i in range(3) if mixed.place(i) == "weekdays, row 1")
+    with pytest.raises(SystemExit, match=r"^weekdays, row 1: conversation: message 1 .* from the assistant, not 'bot'$"):
+        data.render(mixed, place, TOKENIZER)
+    for task in (exact := weekdays("assistant", grading="exakt"), tasks.Mixture([exact])):
+        with pytest.raises(SystemExit, match="^weekdays, row 1: grading must be one of exact, .*identity, not 'exakt'$"):
+            list(task)
+    monkeypatch.setattr(spelling, "tests", lambda embedded, who: {"says its name": exact})
+    with pytest.raises(SystemExit, match="^tasks/spelling.py: another file has a test named says its name, too; "):
+        tasks.all_tests(True, ME)
 
 
 # files
