@@ -79,9 +79,10 @@ def find_tag(model_tag):
     names = ", ".join(sorted(found)) or "none"
     if model_tag and model_tag not in found:
         raise SystemExit(f"{base_path()}: nothing trained as {model_tag!r} here; there is: {names}")
-    copies = {tag for name in FOLDERS for tag in tags_of(name)
-              if newest_meta(stage_folder(name, tag), []).get("tag", tag) != tag}
-    found = found - copies or found              # a folder that was copied or renamed counts only by its name
+    # what is nothing but folders that were copied or renamed counts only by its name
+    saved = [(tag, newest_meta(stage_folder(name, tag), [])) for name in FOLDERS for tag in tags_of(name)]
+    own = {tag for tag, meta in saved if meta.get("tag", tag) == tag}
+    found = found - ({tag for tag, _ in saved} - own) or found
     if not model_tag and len(found) != 1:
         raise SystemExit(f"{base_path()}: holds several models; choose one with --model_tag= from {names}" if found else
                          f"{base_path()}: nothing was trained here yet; run base_train.py first")

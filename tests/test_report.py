@@ -211,6 +211,11 @@ def test_which_model(run, monkeypatch):
     with pytest.raises(SystemExit, match="several models; choose one with --model_tag= from d2, d3"):
         report(monkeypatch, "--copy_to=")
     assert "d3" in str(report(monkeypatch, "--copy_to=", "--model_tag=d3")["page_path"])
+    write_json(run / "base_checkpoints/d3/meta_000040.json", meta("base", tag="d2"))
+    assert report(monkeypatch, "--copy_to=")["tag"] == "d2", "a copy is in nobody's way"
+    write_json(run / "mid_checkpoints/d3/meta_000040.json", meta("mid", tag="d3"))
+    with pytest.raises(SystemExit, match="several models"):      # a copy from which another model was trained
+        report(monkeypatch, "--copy_to=")
     for folder in STAGES.values():
         shutil.rmtree(run / folder)
     with pytest.raises(SystemExit, match="nothing was trained here yet"):
