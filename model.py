@@ -381,7 +381,8 @@ def compiled(model):
     differ in nothing but their weights, are compiled once for all: for a d12 that takes a fifth of the time, and its
     step is predicted to be as fast. Their gradients are ready one block after the other, and exchanged meanwhile. And a
     loop over chunks would be unrolled, the products of all of them put off to its end, with the memory that takes.
-    Each new shape of idx is compiled anew, up to torch._dynamo.config.recompile_limit (8) times: a run should have few.
+    Each new shape of idx is compiled anew, with gradients and without, up to torch._dynamo.config.recompile_limit (8)
+    times: a run should have few.
     """
     model.compiled_parts = SimpleNamespace(**{name: torch.compile(part, dynamic=False) for name, part in vars(EAGER).items()})
     return model

@@ -54,13 +54,9 @@ if [ "$CONFIG" = tiny ]; then NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/na
 export NANOCHAT_BASE_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
 case "$NANOCHAT_BASE_DIR" in
     /*) ;;
-    "~/"*) NANOCHAT_BASE_DIR=~/${NANOCHAT_BASE_DIR#"~/"} ;;            # given in quotes, as the stages read it
+    "~"|"~/"*) home=~; NANOCHAT_BASE_DIR=$home${NANOCHAT_BASE_DIR#"~"} ;;      # given in quotes, as the stages read it
     *) NANOCHAT_BASE_DIR=$OLDPWD/$NANOCHAT_BASE_DIR ;;                 # where the driver was called
 esac
-if [ "$BASE_TAG" != "$MODEL_TAG" ] && [ ! -d "$NANOCHAT_BASE_DIR/base_checkpoints/$BASE_TAG" ]; then
-    echo "BASE_TAG=$BASE_TAG: there is no base model of that name in $NANOCHAT_BASE_DIR/base_checkpoints, to go on from" >&2
-    exit 1
-fi
 
 # what plan.py needs to know; with PLAN=flags it asks for them itself, for each row of the drivers' tables
 plan_flags=(--depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" --total_batch_size="$TOTAL_BATCH_SIZE" --vocab_size="$VOCAB_SIZE"
@@ -110,6 +106,10 @@ if [ "${PLAN:-0}" != 0 ] && [ -x .venv/bin/python ]; then plan .venv/bin/python 
 elif python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then plan python3 "${how[@]}"
 else . ./setup.sh; plan python "${how[@]}"; fi
 if [ "${PLAN:-0}" != 0 ]; then exit 0; fi
+if [ "$BASE_TAG" != "$MODEL_TAG" ] && [ ! -d "$NANOCHAT_BASE_DIR/base_checkpoints/$BASE_TAG" ]; then
+    echo "BASE_TAG=$BASE_TAG: there is no base model of that name in $NANOCHAT_BASE_DIR/base_checkpoints, to go on from" >&2
+    exit 1
+fi
 
 . ./setup.sh
 if [ "$CONFIG" != tiny ] && nvidia-smi >/dev/null 2>&1 &&

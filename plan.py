@@ -82,7 +82,7 @@ def misspelt(given, known):
     """(name, the known name it was meant to be) of a variable that is nearly one of the drivers', or None."""
     for name in sorted(set(given) - set(known)):
         near = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.85) \
-            or [other for other in known if sorted(other) == sorted(name.upper())]      # DEPHT
+            or [other for other in known if len(other) > 3 and sorted(other) == sorted(name.upper())]      # DEPHT
         if near and near[0] not in ("PLAN", "PYTHON") and not name.startswith("WANDB_"):     # these have many of their own
             return name, near[0]
 
@@ -106,7 +106,7 @@ def configurations():
         with open(os.path.join(ROOT, driver), encoding="utf-8") as f:
             names = re.findall(r"^ +(\w+)\) +:", f.read(), re.MULTILINE)
         for name in names:                           # without what is set from outside for the run that is planned
-            unset = [f"-u{variable}" for variable in known.split()]
+            unset = [f"-u{variable}" for variable in ("NNODES", "NODE_RANK", *known.split())]
             ask = ["env", *unset, f"CONFIG={name}", "PLAN=flags", "bash", driver]
             lines = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
             found[name] = [line for line in lines if line.startswith("--")]
@@ -269,9 +269,11 @@ if not speed and peak_flops(card):
     where = f"PREDICTED for {num_processes} x {card} ({gpu_bytes / 1e9:.0f} GB) at {100 * mfu:.0f} % of its peak" + (
         "" if here else ", there is no GPU here (PLAN= or --gpu= names another card)")
 if speed:
-    print(f"  memory  {need / 1e9:.1f} GB, in micro-batches of {B} rows" if fits(need, gpu_bytes) else
-          f"  memory  {need / 1e9:.1f} GB, which the card has not: take a shorter MAX_SEQ_LEN, or "
-          f"DEPTH={largest_depth(usable_bytes(gpu_bytes), model_of(k), 2)} or less")
+    remedy = f"a shorter MAX_SEQ_LEN, or DEPTH={largest_depth(usable_bytes(gpu_bytes), model_of(k), 2)} or less"
+    if B > 1:
+        remedy = "a lower DEVICE_BATCH_SIZE, or 0, which finds what fits"
+    print(f"  memory  {need / 1e9:.1f} GB, " + (
+        f"in micro-batches of {B} rows" if fits(need, gpu_bytes) else f"which the card has not: take {remedy}"))
     total = sum(map(sum, seconds(k, speed).values()))
     print(f"  time    {duration(total)}, {where}; set-up, downloads and tokenizer on top")
 else:

@@ -40,7 +40,7 @@ def peak_flops(device_name):
 
 def card_bytes(device_name):
     """Memory of a card that is not here: what its name says (A100 80GB), else the table; 0.0 when it is not there."""
-    said = re.search(r"(\d+) ?gb?\b", device_name, re.IGNORECASE)
+    said = re.search(r"(\d+) ?gb?\b(?!\.)", device_name, re.IGNORECASE)
     return 1e9 * (int(said[1]) if said else
                   next((gb for name, gb in CARD_GB.items() if re.search(rf"\b{name}\b", device_name)), 0))
 

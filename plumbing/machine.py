@@ -222,7 +222,8 @@ def over_ranks(model):
     if WORLD_SIZE == 1:
         return model
     torch._dynamo.config.optimize_ddp = False                    # blocks compiled one by one are small enough for a bucket
-    forward = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    forward = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    forward.broadcast_buffers = False                            # the rotary table is the same everywhere
 
     def add_up(_, bucket):                                       # torch's own way is the mean
         return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])

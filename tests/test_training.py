@@ -443,7 +443,7 @@ def test_the_launcher_hands_every_flag_on(tmp_path, port):
     (["bash", "run_realistic.sh"], dict(BASE_ITERATION="5"), "did you mean BASE_ITERATIONS?"),
     (["bash", "run_realistic.sh"], dict(Config="demo"), "did you mean CONFIG?"),
     (["bash", "run_realistic.sh"], dict(DEPHT="3"), "did you mean DEPTH?"),
-    (["bash", "run_realistic.sh"], dict(BASE_TAG="none"), "there is no base model of that name"),
+    (["bash", "run_realistic.sh"], dict(BASE_TAG="none", PLAN="0"), "there is no base model of that name"),
     (["bash", "run_realistic.sh"], dict(NNODES="2", NODE_RANK="2", MASTER_ADDR="here"), "must be below that"),
     (["bash", "run_realistic.sh"], dict(NANOCHAT_BASE_DIR=__file__), "is a file"),
     (["bash", "run_realistic.sh", "--depth=4"], {}, "settings go in front"),
