@@ -259,6 +259,7 @@ class GPT(nn.Module):
         return torch.cat(losses)[y >= 0], torch.cat(best)[y >= 0]
 
     def embed(self, idx):
+        """What the first block takes: (B, T) int64 -> (B, T, C), normalised."""
         return norm(self.transformer.wte(idx).to(self.compute_dtype))
 
     def trunk(self, idx, kv_cache=None, parts=None):

@@ -201,6 +201,7 @@ def memory_of(k, gpu_bytes):
 
 
 def fits(need, gpu_bytes):
+    """Whether so many bytes find room on a card of gpu_bytes; a CPU (0 bytes) has what it needs."""
     return not gpu_bytes or need < gpu_bytes
 
 

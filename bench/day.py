@@ -48,7 +48,8 @@ TOKENIZER = {"stages", "resume", "curve"}          # parts that need one, and wi
 GPU_DAY = """
     stages text 30, stages base_train 150, stages mid_train 110, stages chat_sft 70, stages base_eval 50,
     stages chat_eval 70, stages chat_rl 70, stages chat_cli 20, stages report 10,
-    fit d12 90, bench d12 150, fit d20 150, bench d20 300, memory d12 60, cards d12-in-12GB 130, resume d6 150, curve d12 200, decode d12 30, cards d20-in-24GB 240,
+    fit d12 90, bench d12 150, fit d20 150, bench d20 300, memory d12 60, cards d12-in-12GB 130,
+    resume d6 150, curve d12 200, decode d12 30, cards d20-in-24GB 240,
     fit d16 120, bench d16 240, cards d20-in-40GB 180, fit d14 100, bench d14 200, fit d18 140, bench d18 270,
     memory d20 90, cards d14-in-40GB 120, cards d12-in-16GB 90, cards d16-in-24GB 150, memory d14 70,
     cards d16-in-16GB 150, cards d18-in-24GB 180, cards d18-in-40GB 180, decode d20 40"""
